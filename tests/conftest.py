@@ -1,0 +1,84 @@
+"""What every test may use or is held to: no task outlives its test, hypothesis has no clock, real weights load once.
+
+Helpers for one package live beside its tests, not here.
+"""
+
+import asyncio
+import inspect
+import os
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+LOOP_TURNS_TO_END = 8  # a cancelled task needs a few turns of the loop for its `finally` blocks
+
+# A deadline would make a test depend on how busy the machine is. CI repeats the same examples on each run; at home new
+# ones are tried, and failing ones are remembered in .hypothesis.
+hypothesis.settings.register_profile("home", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "home")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip `gpu` tests on a machine without one; torch is imported only if there is such a test."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked and not _has_accelerator():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="no accelerator"))
+
+
+def _has_accelerator() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@pytest.fixture(autouse=True)
+def _tasks_have_owners(request: pytest.FixtureRequest) -> None:
+    """Every task an owner (DESIGN 2.4): an asyncio test that leaves one running fails, and names it."""
+    if inspect.iscoroutinefunction(getattr(request, "function", None)):
+        request.getfixturevalue("no_task_left")
+
+
+@pytest.fixture
+async def no_task_left() -> AsyncIterator[None]:
+    """Set up before the test's own fixtures, so checked after they are gone."""
+    before = asyncio.all_tasks()
+    yield
+    for _ in range(LOOP_TURNS_TO_END):
+        await asyncio.sleep(0)
+    left = asyncio.all_tasks() - before - {asyncio.current_task()}
+    if left:
+        pytest.fail(f"tasks left running: {sorted(str(task.get_coro()) for task in left)}")
+
+
+@pytest.fixture(scope="session")
+def model_dir() -> Path:
+    """The default model as a checkpoint directory. For tests marked `model`."""
+    from engine.models.checkpoint import ensure_default_model
+
+    return Path(ensure_default_model())
+
+
+@pytest.fixture
+def free_port() -> Iterator[Callable[[], int]]:
+    """A function that gives TCP ports on loopback which nobody uses now, a different one at each call.
+
+    The sockets stay bound, without listening, until the test ends: so two calls never give the same port, and
+    SO_REUSEADDR lets the server under test bind it all the same.
+    """
+    held: list[socket.socket] = []
+
+    def take() -> int:
+        holder = socket.socket()
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        held.append(holder)
+        return int(holder.getsockname()[1])
+
+    yield take
+    for holder in held:
+        holder.close()
