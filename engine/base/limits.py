@@ -1,0 +1,59 @@
+"""Every limit of the system in one table: queues, messages, waits, retries. Nothing else may hard-code one.
+
+A limit without a reason is a bug report: each line says what breaks when it is exceeded. Values that an operator
+may want to change are repeated as fields of a component's `Config`, whose default is the constant here.
+"""
+
+from typing import Final
+
+# -- links ---------------------------------------------------------------------------------------------------------
+KEEPALIVE_INTERVAL_MS: Final = 1_000  # an idle link says "still here" this often
+LINK_SILENCE_MS: Final = 3_000  # three missed keep-alives: the peer is frozen, gone, or cut off
+DIAL_TIMEOUT_MS: Final = 3_000
+REDIAL_DELAY_MS: Final = 250  # between attempts to reach a peer that should be there
+MESSAGE_BYTES_MAX: Final = 4 << 20  # one control message; a 32k-token prompt is 128 KiB
+LINK_QUEUE_MESSAGES_MAX: Final = 4_096  # unsent messages before a slow reader counts as a lost link
+
+# -- KV transfer ---------------------------------------------------------------------------------------------------
+FRAME_PAYLOAD_BYTES_MAX: Final = 1 << 20  # one frame; keeps a decode job under a millisecond of memory traffic
+FRAME_WINDOW: Final = 8  # frames in flight per transfer; bounds both ends' memory
+FRAME_RESENDS_MAX: Final = 3  # a range refused this often means the path corrupts; give the transfer up
+FRAME_RESEND_AFTER_MS: Final = 1_000  # no answer for a frame on a live link
+TRANSFERS_REMEMBERED: Final = 4_096  # finished transfers kept so that a repeated END is answered COMMITTED
+CODEC_JOBS_MAX: Final = 16  # encode and decode jobs running or queued in one worker
+CODEC_THREADS: Final = 1  # more would fight the engine for memory bandwidth on small machines
+
+# -- requests ------------------------------------------------------------------------------------------------------
+PROMPT_TOKENS_MAX: Final = 131_072
+OUTPUT_TOKENS_MAX: Final = 131_072
+OUTPUT_TOKENS_DEFAULT: Final = 16  # OpenAI's completions default
+STOP_TOKEN_IDS_MAX: Final = 64
+STOP_STRINGS_MAX: Final = 16
+STOP_STRING_CHARACTERS_MAX: Final = 256
+BODY_BYTES_MAX: Final = 4 << 20
+TEMPERATURE_MAX: Final = 100.0
+SEED_MAX: Final = (1 << 63) - 1
+REQUEST_ID_CHARACTERS_MAX: Final = 128
+ROUTER_REQUESTS_MAX: Final = 1_024  # accepted and unfinished; one more is answered 429
+ROUTER_QUEUED_TOKENS_MAX: Final = 1 << 20  # prompt tokens accepted and not yet prefilled
+RETRY_AFTER_MS: Final = 1_000
+REQUEST_DEADLINE_MS: Final = 120_000
+REQUEST_DEADLINE_MS_MAX: Final = 600_000
+WORKER_WAIT_MS: Final = 10_000  # how long a request waits for a worker of a role to appear
+ATTEMPTS_MAX: Final = 8  # placements of one request; a poison request must not visit every worker
+RESERVE_RETRY_MS: Final = 50  # every decode worker said FULL: ask again this much later
+
+# -- workers and leases --------------------------------------------------------------------------------------------
+LEASE_MS: Final = 5_000
+HEARTBEAT_MS: Final = 1_000
+WORKERS_MAX: Final = 1_024
+WORKER_ATTEMPTS_MAX: Final = 4_096  # attempts a worker holds a record for
+UNBOUND_PREFILLS_MAX: Final = 2  # prefills holding units without a target (DESIGN 1: no deadlock, no starvation)
+GROWTH_RESERVE_TOKENS: Final = 64  # a decode reservation includes room for this many tokens of growth
+DRAIN_TIMEOUT_MS: Final = 30_000
+
+# -- engine --------------------------------------------------------------------------------------------------------
+BLOCK_SIZE_TOKENS: Final = 16
+STEP_TOKENS_MAX: Final = 512  # token budget of one step (chunked prefill)
+STEP_SEQUENCES_MAX: Final = 256
+LAYERS_PER_GROUP: Final = 5  # layers computed between two "KV is ready" announcements
