@@ -1,0 +1,432 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Refusal(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    REFUSAL_UNSPECIFIED: _ClassVar[Refusal]
+    FULL: _ClassVar[Refusal]
+    WRONG_EPOCH: _ClassVar[Refusal]
+    WRONG_SCHEMA: _ClassVar[Refusal]
+    NOT_SERVING: _ClassVar[Refusal]
+    INVALID: _ClassVar[Refusal]
+REFUSAL_UNSPECIFIED: Refusal
+FULL: Refusal
+WRONG_EPOCH: Refusal
+WRONG_SCHEMA: Refusal
+NOT_SERVING: Refusal
+INVALID: Refusal
+
+class Hello(_message.Message):
+    __slots__ = ("wire_version", "kind", "sender")
+    class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        KIND_UNSPECIFIED: _ClassVar[Hello.Kind]
+        ROUTER_TO_WORKER: _ClassVar[Hello.Kind]
+        ROUTER_TO_CONTROLLER: _ClassVar[Hello.Kind]
+        WORKER_TO_CONTROLLER: _ClassVar[Hello.Kind]
+        WORKER_TO_WORKER: _ClassVar[Hello.Kind]
+    KIND_UNSPECIFIED: Hello.Kind
+    ROUTER_TO_WORKER: Hello.Kind
+    ROUTER_TO_CONTROLLER: Hello.Kind
+    WORKER_TO_CONTROLLER: Hello.Kind
+    WORKER_TO_WORKER: Hello.Kind
+    WIRE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    SENDER_FIELD_NUMBER: _ClassVar[int]
+    wire_version: int
+    kind: Hello.Kind
+    sender: str
+    def __init__(self, wire_version: _Optional[int] = ..., kind: _Optional[_Union[Hello.Kind, str]] = ..., sender: _Optional[str] = ...) -> None: ...
+
+class Sampling(_message.Message):
+    __slots__ = ("temperature", "top_p", "seed", "max_tokens", "stop_token_ids", "ignore_eos")
+    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    TOP_P_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    IGNORE_EOS_FIELD_NUMBER: _ClassVar[int]
+    temperature: float
+    top_p: float
+    seed: int
+    max_tokens: int
+    stop_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    ignore_eos: bool
+    def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., max_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: bool = ...) -> None: ...
+
+class Prefill(_message.Message):
+    __slots__ = ("request", "attempt", "token_ids", "prompt_tokens", "sampling", "deadline_ms", "tenant")
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    request: int
+    attempt: int
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    prompt_tokens: int
+    sampling: Sampling
+    deadline_ms: int
+    tenant: str
+    def __init__(self, request: _Optional[int] = ..., attempt: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., deadline_ms: _Optional[int] = ..., tenant: _Optional[str] = ...) -> None: ...
+
+class Reserve(_message.Message):
+    __slots__ = ("request", "attempt", "epoch", "schema_digest", "token_ids", "prompt_tokens", "sampling", "deadline_ms", "tenant")
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SCHEMA_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    request: int
+    attempt: int
+    epoch: int
+    schema_digest: bytes
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    prompt_tokens: int
+    sampling: Sampling
+    deadline_ms: int
+    tenant: str
+    def __init__(self, request: _Optional[int] = ..., attempt: _Optional[int] = ..., epoch: _Optional[int] = ..., schema_digest: _Optional[bytes] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., deadline_ms: _Optional[int] = ..., tenant: _Optional[str] = ...) -> None: ...
+
+class Bind(_message.Message):
+    __slots__ = ("request", "attempt", "target_attempt", "target", "target_address", "transfer_id", "target_epoch", "skip_tokens", "codec")
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    TARGET_ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    TARGET_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
+    TARGET_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SKIP_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    request: int
+    attempt: int
+    target_attempt: int
+    target: str
+    target_address: str
+    transfer_id: bytes
+    target_epoch: int
+    skip_tokens: int
+    codec: str
+    def __init__(self, request: _Optional[int] = ..., attempt: _Optional[int] = ..., target_attempt: _Optional[int] = ..., target: _Optional[str] = ..., target_address: _Optional[str] = ..., transfer_id: _Optional[bytes] = ..., target_epoch: _Optional[int] = ..., skip_tokens: _Optional[int] = ..., codec: _Optional[str] = ...) -> None: ...
+
+class Abort(_message.Message):
+    __slots__ = ("request", "attempt")
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    request: int
+    attempt: int
+    def __init__(self, request: _Optional[int] = ..., attempt: _Optional[int] = ...) -> None: ...
+
+class Quiesce(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class RouterToWorker(_message.Message):
+    __slots__ = ("sequence", "prefill", "reserve", "bind", "abort", "quiesce")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_FIELD_NUMBER: _ClassVar[int]
+    RESERVE_FIELD_NUMBER: _ClassVar[int]
+    BIND_FIELD_NUMBER: _ClassVar[int]
+    ABORT_FIELD_NUMBER: _ClassVar[int]
+    QUIESCE_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    prefill: Prefill
+    reserve: Reserve
+    bind: Bind
+    abort: Abort
+    quiesce: Quiesce
+    def __init__(self, sequence: _Optional[int] = ..., prefill: _Optional[_Union[Prefill, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., bind: _Optional[_Union[Bind, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., quiesce: _Optional[_Union[Quiesce, _Mapping]] = ...) -> None: ...
+
+class NearTurn(_message.Message):
+    __slots__ = ("request", "attempt", "context_tokens")
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    request: int
+    attempt: int
+    context_tokens: int
+    def __init__(self, request: _Optional[int] = ..., attempt: _Optional[int] = ..., context_tokens: _Optional[int] = ...) -> None: ...
+
+class Reserved(_message.Message):
+    __slots__ = ("request", "attempt", "transfer_id", "epoch", "skip_tokens")
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SKIP_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    request: int
+    attempt: int
+    transfer_id: bytes
+    epoch: int
+    skip_tokens: int
+    def __init__(self, request: _Optional[int] = ..., attempt: _Optional[int] = ..., transfer_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., skip_tokens: _Optional[int] = ...) -> None: ...
+
+class Refused(_message.Message):
+    __slots__ = ("request", "attempt", "reason")
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    request: int
+    attempt: int
+    reason: Refusal
+    def __init__(self, request: _Optional[int] = ..., attempt: _Optional[int] = ..., reason: _Optional[_Union[Refusal, str]] = ...) -> None: ...
+
+class FirstToken(_message.Message):
+    __slots__ = ("request", "attempt", "position", "token_id", "finish")
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    FINISH_FIELD_NUMBER: _ClassVar[int]
+    request: int
+    attempt: int
+    position: int
+    token_id: int
+    finish: str
+    def __init__(self, request: _Optional[int] = ..., attempt: _Optional[int] = ..., position: _Optional[int] = ..., token_id: _Optional[int] = ..., finish: _Optional[str] = ...) -> None: ...
+
+class Committed(_message.Message):
+    __slots__ = ("request", "attempt", "codec", "bytes_raw", "bytes_wire", "transfer_us")
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    BYTES_RAW_FIELD_NUMBER: _ClassVar[int]
+    BYTES_WIRE_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_US_FIELD_NUMBER: _ClassVar[int]
+    request: int
+    attempt: int
+    codec: str
+    bytes_raw: int
+    bytes_wire: int
+    transfer_us: int
+    def __init__(self, request: _Optional[int] = ..., attempt: _Optional[int] = ..., codec: _Optional[str] = ..., bytes_raw: _Optional[int] = ..., bytes_wire: _Optional[int] = ..., transfer_us: _Optional[int] = ...) -> None: ...
+
+class Tokens(_message.Message):
+    __slots__ = ("requests", "attempts", "positions", "token_ids", "finishes")
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    FINISHES_FIELD_NUMBER: _ClassVar[int]
+    requests: _containers.RepeatedScalarFieldContainer[int]
+    attempts: _containers.RepeatedScalarFieldContainer[int]
+    positions: _containers.RepeatedScalarFieldContainer[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    finishes: bytes
+    def __init__(self, requests: _Optional[_Iterable[int]] = ..., attempts: _Optional[_Iterable[int]] = ..., positions: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., finishes: _Optional[bytes] = ...) -> None: ...
+
+class Relocate(_message.Message):
+    __slots__ = ("request", "attempt", "reason", "token_ids", "target_attempt")
+    class Reason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        REASON_UNSPECIFIED: _ClassVar[Relocate.Reason]
+        QUIESCING: _ClassVar[Relocate.Reason]
+        PREEMPTED: _ClassVar[Relocate.Reason]
+        TRANSFER_FAILED: _ClassVar[Relocate.Reason]
+    REASON_UNSPECIFIED: Relocate.Reason
+    QUIESCING: Relocate.Reason
+    PREEMPTED: Relocate.Reason
+    TRANSFER_FAILED: Relocate.Reason
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    TARGET_ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    request: int
+    attempt: int
+    reason: Relocate.Reason
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    target_attempt: int
+    def __init__(self, request: _Optional[int] = ..., attempt: _Optional[int] = ..., reason: _Optional[_Union[Relocate.Reason, str]] = ..., token_ids: _Optional[_Iterable[int]] = ..., target_attempt: _Optional[int] = ...) -> None: ...
+
+class AttemptFailed(_message.Message):
+    __slots__ = ("request", "attempt", "status", "reason")
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    request: int
+    attempt: int
+    status: str
+    reason: str
+    def __init__(self, request: _Optional[int] = ..., attempt: _Optional[int] = ..., status: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class WorkerStatus(_message.Message):
+    __slots__ = ("worker", "epoch", "state", "roles", "free_columns", "total_columns", "running", "waiting", "waiting_tokens", "step_us", "attempts", "counters", "lent_columns", "held", "tasks")
+    class CountersEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    ROLES_FIELD_NUMBER: _ClassVar[int]
+    FREE_COLUMNS_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_COLUMNS_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STEP_US_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
+    COUNTERS_FIELD_NUMBER: _ClassVar[int]
+    LENT_COLUMNS_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
+    TASKS_FIELD_NUMBER: _ClassVar[int]
+    worker: str
+    epoch: int
+    state: str
+    roles: _containers.RepeatedScalarFieldContainer[str]
+    free_columns: int
+    total_columns: int
+    running: int
+    waiting: int
+    waiting_tokens: int
+    step_us: int
+    attempts: int
+    counters: _containers.ScalarMap[str, int]
+    lent_columns: int
+    held: int
+    tasks: int
+    def __init__(self, worker: _Optional[str] = ..., epoch: _Optional[int] = ..., state: _Optional[str] = ..., roles: _Optional[_Iterable[str]] = ..., free_columns: _Optional[int] = ..., total_columns: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., step_us: _Optional[int] = ..., attempts: _Optional[int] = ..., counters: _Optional[_Mapping[str, int]] = ..., lent_columns: _Optional[int] = ..., held: _Optional[int] = ..., tasks: _Optional[int] = ...) -> None: ...
+
+class WorkerToRouter(_message.Message):
+    __slots__ = ("sequence", "near_turn", "reserved", "refused", "first_token", "committed", "tokens", "relocate", "failed", "status")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    NEAR_TURN_FIELD_NUMBER: _ClassVar[int]
+    RESERVED_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    COMMITTED_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RELOCATE_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FIELD_NUMBER: _ClassVar[int]
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    near_turn: NearTurn
+    reserved: Reserved
+    refused: Refused
+    first_token: FirstToken
+    committed: Committed
+    tokens: Tokens
+    relocate: Relocate
+    failed: AttemptFailed
+    status: WorkerStatus
+    def __init__(self, sequence: _Optional[int] = ..., near_turn: _Optional[_Union[NearTurn, _Mapping]] = ..., reserved: _Optional[_Union[Reserved, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., first_token: _Optional[_Union[FirstToken, _Mapping]] = ..., committed: _Optional[_Union[Committed, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., relocate: _Optional[_Union[Relocate, _Mapping]] = ..., failed: _Optional[_Union[AttemptFailed, _Mapping]] = ..., status: _Optional[_Union[WorkerStatus, _Mapping]] = ...) -> None: ...
+
+class WorkerInfo(_message.Message):
+    __slots__ = ("worker", "name", "address", "epoch", "state", "roles", "model", "schema_digest", "block_size_tokens", "total_columns", "max_model_len", "codecs", "wire_version")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    ROLES_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    SCHEMA_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_SIZE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_COLUMNS_FIELD_NUMBER: _ClassVar[int]
+    MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
+    CODECS_FIELD_NUMBER: _ClassVar[int]
+    WIRE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    worker: str
+    name: str
+    address: str
+    epoch: int
+    state: str
+    roles: _containers.RepeatedScalarFieldContainer[str]
+    model: str
+    schema_digest: bytes
+    block_size_tokens: int
+    total_columns: int
+    max_model_len: int
+    codecs: _containers.RepeatedScalarFieldContainer[str]
+    wire_version: int
+    def __init__(self, worker: _Optional[str] = ..., name: _Optional[str] = ..., address: _Optional[str] = ..., epoch: _Optional[int] = ..., state: _Optional[str] = ..., roles: _Optional[_Iterable[str]] = ..., model: _Optional[str] = ..., schema_digest: _Optional[bytes] = ..., block_size_tokens: _Optional[int] = ..., total_columns: _Optional[int] = ..., max_model_len: _Optional[int] = ..., codecs: _Optional[_Iterable[str]] = ..., wire_version: _Optional[int] = ...) -> None: ...
+
+class Register(_message.Message):
+    __slots__ = ("info", "highest_term")
+    INFO_FIELD_NUMBER: _ClassVar[int]
+    HIGHEST_TERM_FIELD_NUMBER: _ClassVar[int]
+    info: WorkerInfo
+    highest_term: int
+    def __init__(self, info: _Optional[_Union[WorkerInfo, _Mapping]] = ..., highest_term: _Optional[int] = ...) -> None: ...
+
+class Heartbeat(_message.Message):
+    __slots__ = ("info",)
+    INFO_FIELD_NUMBER: _ClassVar[int]
+    info: WorkerInfo
+    def __init__(self, info: _Optional[_Union[WorkerInfo, _Mapping]] = ...) -> None: ...
+
+class WorkerToController(_message.Message):
+    __slots__ = ("sequence", "register", "heartbeat")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    REGISTER_FIELD_NUMBER: _ClassVar[int]
+    HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    register: Register
+    heartbeat: Heartbeat
+    def __init__(self, sequence: _Optional[int] = ..., register: _Optional[_Union[Register, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ...) -> None: ...
+
+class Welcome(_message.Message):
+    __slots__ = ("term", "lease_ms")
+    TERM_FIELD_NUMBER: _ClassVar[int]
+    LEASE_MS_FIELD_NUMBER: _ClassVar[int]
+    term: int
+    lease_ms: int
+    def __init__(self, term: _Optional[int] = ..., lease_ms: _Optional[int] = ...) -> None: ...
+
+class ControllerToWorker(_message.Message):
+    __slots__ = ("sequence", "welcome")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    WELCOME_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    welcome: Welcome
+    def __init__(self, sequence: _Optional[int] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ...) -> None: ...
+
+class RegisterRouter(_message.Message):
+    __slots__ = ("router", "highest_term")
+    ROUTER_FIELD_NUMBER: _ClassVar[int]
+    HIGHEST_TERM_FIELD_NUMBER: _ClassVar[int]
+    router: str
+    highest_term: int
+    def __init__(self, router: _Optional[str] = ..., highest_term: _Optional[int] = ...) -> None: ...
+
+class RouterToController(_message.Message):
+    __slots__ = ("sequence", "register")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    REGISTER_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    register: RegisterRouter
+    def __init__(self, sequence: _Optional[int] = ..., register: _Optional[_Union[RegisterRouter, _Mapping]] = ...) -> None: ...
+
+class WorkerTable(_message.Message):
+    __slots__ = ("term", "workers")
+    TERM_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    term: int
+    workers: _containers.RepeatedCompositeFieldContainer[WorkerInfo]
+    def __init__(self, term: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[WorkerInfo, _Mapping]]] = ...) -> None: ...
+
+class ControllerToRouter(_message.Message):
+    __slots__ = ("sequence", "table")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    table: WorkerTable
+    def __init__(self, sequence: _Optional[int] = ..., table: _Optional[_Union[WorkerTable, _Mapping]] = ...) -> None: ...
