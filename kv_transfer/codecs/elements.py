@@ -1,0 +1,86 @@
+"""Elements: the bytes of cached numbers <-> float32, in numpy alone and without the GIL. Shared by codecs; none itself.
+
+numpy has no bfloat16. It is the upper half of a float32, so widening is a shift, and narrowing is rounding to nearest,
+ties to even, as torch and the hardware do.
+
+Legend: X bytes of one token's head, D numbers in it (X = D * item bytes). Leading dimensions are kept as they are.
+"""
+
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.kv.arena import Bytes
+
+Floats = npt.NDArray[np.float32]
+Bits = npt.NDArray[Any]  # unsigned integers as wide as the dtype
+
+_BITS: Final = {"bfloat16": np.uint16, "float16": np.uint16, "float32": np.uint32}
+_INFINITY: Final = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F80_0000}
+
+DTYPES: Final = frozenset(_BITS)
+LARGEST: Final = {
+    "bfloat16": float.fromhex("0x1.fep127"),
+    "float16": float(np.finfo(np.float16).max),
+    "float32": float(np.finfo(np.float32).max),
+}
+"""The largest finite number of each dtype."""
+
+
+def to_float32(bytes_X: Bytes, dtype: str) -> Floats:
+    """Every number exactly. A copy, except from float32."""
+    if dtype == "bfloat16":
+        return bfloat16_to_float32(bytes_X.view(np.uint16))
+    numbers = np.float16 if dtype == "float16" else np.float32
+    return bytes_X.view(numbers).astype(np.float32, copy=False)
+
+
+def from_float32(values_D: Floats, dtype: str) -> Bytes:
+    """Rounded to nearest, ties to even; beyond the dtype's range is infinity, NaN stays NaN."""
+    if dtype == "bfloat16":
+        return _round_to_bfloat16(values_D).view(np.uint8)
+    if dtype == "float32":
+        return np.ascontiguousarray(values_D).view(np.uint8)
+    with np.errstate(over="ignore"):
+        return values_D.astype(np.float16).view(np.uint8)
+
+
+def bfloat16_to_float32(bits_D: Bits) -> Floats:
+    wide_D = np.empty(bits_D.shape, np.uint32)
+    np.left_shift(bits_D, 16, out=wide_D, dtype=np.uint32)  # widens on the way: no second pass over memory
+    return wide_D.view(np.float32)
+
+
+def bfloat16_at_least(values: Floats) -> Bits:
+    """Bits of the smallest bfloat16 >= each value. For values >= 0."""
+    upper: Bits = ((values.view(np.uint32).astype(np.uint64) + 0xFFFF) >> 16).astype(np.uint16)
+    return upper
+
+
+def magnitude_bits(bytes_X: Bytes, dtype: str) -> Bits:
+    """Bits without the sign. They order like the magnitudes, and from infinity's on a number is not finite."""
+    bits_D = bytes_X.view(_BITS[dtype])
+    magnitudes_D: Bits = bits_D & bits_D.dtype.type(np.iinfo(bits_D.dtype).max >> 1)
+    return magnitudes_D
+
+
+def magnitudes(bits: Bits, dtype: str) -> Floats:
+    """What `magnitude_bits` stand for. Raises ValueError if one of them is infinite or not a number."""
+    if bits.size and bits.max() >= _INFINITY[dtype]:
+        raise ValueError("infinite or not a number")
+    return to_float32(np.ascontiguousarray(bits).view(np.uint8), dtype)
+
+
+def _round_to_bfloat16(values_D: Floats) -> Bits:
+    bits_D = np.ascontiguousarray(values_D).view(np.uint32)
+    rounded_D = bits_D >> 16
+    rounded_D &= 1
+    rounded_D += 0x7FFF
+    rounded_D += bits_D  # a carry into the upper half rounds up; a tie carries only if that half was odd
+    rounded_D >>= 16
+    narrow_D = rounded_D.astype(np.uint16)
+    nan_D = np.isnan(values_D)
+    if nan_D.any():
+        narrow_D[nan_D] = 0x7FC0  # the sum may have carried a NaN over to infinity, or to zero
+    return narrow_D

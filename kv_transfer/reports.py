@@ -1,0 +1,106 @@
+"""What a role is asked to do (`Work`) and what it reports. The agent translates both; roles never see the wire.
+
+`seq_id` names the attempt inside this worker. A worker reports outcomes of *attempts*; only the router ends a request.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from engine.base.errors import Status
+from engine.commands import SampledToken
+from engine.types import FinishReason, SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """An attempt's sequence. `token_ids` is prompt + tokens already emitted: what a prefill computes, or the context
+    whose KV a decode will be sent. Output positions count from `prompt_tokens`."""
+
+    seq_id: int
+    token_ids: tuple[int, ...]
+    prompt_tokens: int
+    sampling: SamplingParams
+    tenant: str = ""
+
+    @property
+    def position(self) -> int:
+        """Output position of the next token."""
+        return len(self.token_ids) - self.prompt_tokens
+
+
+class RelocateReason(StrEnum):
+    QUIESCING = "quiescing"
+    PREEMPTED = "preempted"
+    TRANSFER_FAILED = "transfer_failed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NearTurn:
+    """A source holds all units of its own and will compute next: find it a target."""
+
+    seq_id: int
+    context_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FirstToken:
+    seq_id: int
+    position: int
+    token_id: int
+    finish: FinishReason | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Granted:
+    """A target holds a reservation, open for the transfer of this id."""
+
+    seq_id: int
+    transfer_id: bytes
+    skip_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Full:
+    """A target has no memory for this attempt now, and holds nothing for it."""
+
+    seq_id: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Committed:
+    """A target holds all KV of the attempt and starts to decode."""
+
+    seq_id: int
+    codec: str
+    bytes_raw: int
+    bytes_wire: int
+    transfer_us: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tokens:
+    """The tokens of one decode step, over all attempts."""
+
+    tokens: tuple[SampledToken, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Relocate:
+    """The attempt cannot go on here. Its KV is intact and held, waiting for another target."""
+
+    seq_id: int
+    reason: RelocateReason
+    token_ids: tuple[int, ...] = ()
+    target_attempt: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttemptOver:
+    """The attempt is over here. `status` is None for a good end (finished, or delivered to its target)."""
+
+    seq_id: int
+    status: Status | None = None
+    reason: str = ""
+
+
+Report = NearTurn | FirstToken | Granted | Full | Committed | Tokens | Relocate | AttemptOver
