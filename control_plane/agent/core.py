@@ -1,0 +1,585 @@
+"""WorkerCore: one worker process as a pure machine. It hosts role objects over one engine.
+
+Everything a worker hears (routers, the controller, other workers, its engine, its codec threads, the clock) enters
+`step`; everything it does leaves as actions. Policy lives in the parts: `Lease` (registration), `PrefillRole` and
+`DecodeRole` (what the work is), `Source` and `Target` (how KV moves), `Custody` (who may free units). This file routes
+between them, translates to and from the wire, and owns what concerns the worker as a whole: its state and its end.
+
+    routers     --Prefill, Reserve, Bind, Abort-->  attempts -> roles -> engine commands
+    workers     --frames-->                         Target, or answers to our Source
+    engine      --events-->                         roles -> reports -> routers
+
+A worker is neutral: "prefill", "decode" and "both" differ only in the set of roles it holds.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import count
+from random import Random
+
+from control_plane.agent.attempts import Attempt, AttemptTable
+from control_plane.agent.lease import CONTROLLER, Lease
+from control_plane.wire import session_pb2 as pb
+from control_plane.wire.session import WIRE_VERSION, Session, hello, parse_hello_untrusted
+from control_plane.wire.translate import (
+    RELOCATE_REASONS,
+    context_from_wire_untrusted,
+    finish_to_wire,
+    sampling_from_wire_untrusted,
+    tokens_to_wire,
+)
+from decode_worker import role as decode
+from engine import commands
+from engine.base import limits
+from engine.base.errors import FrameError, Status
+from engine.base.machine import (
+    Close,
+    Dial,
+    EngineEvents,
+    JobDone,
+    LinkLost,
+    LinkName,
+    LinkUp,
+    Received,
+    Send,
+    Started,
+    Tick,
+)
+from engine.kv.schema import CacheSchema
+from engine.types import Role
+from kv_transfer import reports
+from kv_transfer.codecs import codecs
+from kv_transfer.custody import Custody
+from kv_transfer.source import Binding, Delivered, DeliveryFailed, Source
+from kv_transfer.target import ArrivalFailed, Arrived, Target
+from prefill_worker.role import PrefillRole
+
+
+class WorkerState(StrEnum):
+    """The only list of worker states (DESIGN 7). SUSPECT and DEAD are the controller's views of a worker."""
+
+    STARTING = "STARTING"
+    STANDBY = "STANDBY"
+    SERVING = "SERVING"
+    QUIESCING = "QUIESCING"
+    DRAINING = "DRAINING"
+    REBINDING = "REBINDING"
+    WARMING = "WARMING"
+    ROLLING_BACK = "ROLLING_BACK"
+    FAILED = "FAILED"
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Input: take no new work; `Drained` follows when nothing is left. Past half the time, running work moves away."""
+
+    timeout_ms: int = limits.DRAIN_TIMEOUT_MS
+
+
+@dataclass(frozen=True, slots=True)
+class Drained:
+    """Output: this worker holds nothing for anybody; its process may end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    worker_id: str  # random per process start: identity never survives a restart (DESIGN 2.3)
+    name: str
+    address: str
+    controller_address: str
+    roles: frozenset[Role]
+    model: str
+    schema: CacheSchema
+    vocab_size: int
+    max_model_len: int
+    block_size: int
+    columns: int
+    growth_tokens: int = limits.GROWTH_RESERVE_TOKENS
+
+
+class WorkerCore:
+    """See the module's text. `random` mints transfer ids; `failpoint` is called at each declared stage; `count_tasks`
+    is for the status only."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        random: Random,
+        failpoint: Callable[[str], None] = lambda name: None,
+        count_tasks: Callable[[], int] = lambda: 0,
+    ) -> None:
+        self.config = config
+        self.state = WorkerState.STARTING
+        self.epoch = 1
+        self.counters: Counter[str] = Counter()
+        self._failpoint = failpoint
+        self._count_tasks = count_tasks
+        self._load = commands.EngineLoad(free_columns=config.columns, total_columns=config.columns)
+        self._attempts = AttemptTable()
+        self._routers: dict[LinkName, Session] = {}
+        self._sources: set[LinkName] = set()  # inbound bulk links: peers that send us frames
+        self._targets: dict[LinkName, list[tuple[int, Binding]] | None] = {}  # outbound; waiting binds until up
+        self._next_status_us: int | None = None
+        self._quiesce_us: int | None = None
+        self._build_parts(random)
+
+    def _build_parts(self, random: Random) -> None:
+        config = self.config
+        job_keys = count(1)
+        self.custody = Custody()
+        self._source = Source(config.schema, custody=self.custody, job_keys=job_keys, counters=self.counters)
+        self._target = Target(
+            config.schema,
+            custody=self.custody,
+            mint_transfer_id=lambda: random.randbytes(16),
+            job_keys=job_keys,
+            counters=self.counters,
+        )
+        self._prefill = PrefillRole(source=self._source, custody=self.custody)
+        self._decode = decode.DecodeRole(
+            decode.Config(growth_tokens=config.growth_tokens),
+            source=self._source,
+            target=self._target,
+            custody=self.custody,
+        )
+        self._lease = Lease(worker=config.worker_id, address=config.controller_address, describe=self._describe)
+
+    # -- the machine ---------------------------------------------------------------------------------------------------
+    def step(self, event: object, now_us: int) -> Sequence[object]:
+        actions = self._dispatch(event, now_us)
+        if self.state is WorkerState.DRAINING and not self.held:
+            self.state = WorkerState.STANDBY
+            actions = [*actions, *self._announce(), Drained()]
+        return actions
+
+    def _dispatch(self, event: object, now_us: int) -> list[object]:
+        match event:
+            case Received(link, message):
+                return self._on_message(link, message, now_us)
+            case EngineEvents(events):
+                return [action for item in events for action in self._on_engine_event(item, now_us)]
+            case JobDone():
+                part = self._target if self._target.is_job(event.key) else self._source
+                return self._settle(part.on_job(event, now_us), now_us)
+            case Tick():
+                return self._on_tick(now_us)
+            case LinkUp(link, introduction):
+                return self._on_link_up(link, introduction, now_us)
+            case LinkLost(link):
+                return self._on_link_lost(link, now_us)
+            case Started():
+                self.state = WorkerState.SERVING
+                self._next_status_us = now_us + limits.HEARTBEAT_MS * 1_000
+                return self._lease.dial()
+            case Drain(timeout_ms):
+                return self._on_drain(timeout_ms, now_us)
+        raise TypeError(f"not an event of a worker: {event!r}")
+
+    @property
+    def next_deadline_us(self) -> int | None:
+        deadlines = (
+            self._lease.next_deadline_us,
+            self._source.next_deadline_us,
+            self._attempts.next_deadline_us,
+            self._next_status_us,
+            self._quiesce_us,
+        )
+        return min((deadline for deadline in deadlines if deadline is not None), default=None)
+
+    @property
+    def held(self) -> int:
+        """Attempts, transfers and sequences this worker still holds anything for."""
+        return len(self._attempts) + len(self._source) + len(self._target) + len(self.custody)
+
+    def _on_tick(self, now_us: int) -> list[object]:
+        actions: list[object] = [*self._lease.on_tick(now_us)]
+        actions += self._settle(self._source.on_tick(now_us), now_us)
+        for attempt in self._attempts.expired(now_us):
+            actions += self._fail_attempt(attempt, Status.DEADLINE_EXCEEDED, "deadline", now_us)
+        if self._quiesce_us is not None and self._quiesce_us <= now_us:
+            self._quiesce_us = None
+            actions += self._decode.quiesce()
+        if self._next_status_us is not None and self._next_status_us <= now_us:
+            self._next_status_us = now_us + limits.HEARTBEAT_MS * 1_000
+            actions += [self._to_router(link, status=self._status()) for link in self._routers]
+        return actions
+
+    def _on_drain(self, timeout_ms: int, now_us: int) -> list[object]:
+        self.state = WorkerState.DRAINING
+        self._quiesce_us = now_us + timeout_ms * 500  # half of the time to finish in place, half to move away
+        return self._announce()
+
+    def _announce(self) -> list[object]:
+        return [*self._lease.announce(), *(self._to_router(link, status=self._status()) for link in self._routers)]
+
+    # -- links ---------------------------------------------------------------------------------------------------------
+    def _on_link_up(self, link: LinkName, introduction: bytes, now_us: int) -> list[object]:
+        if link == CONTROLLER:
+            return self._lease.on_up(now_us)
+        if link in self._targets:
+            waiting, self._targets[link] = self._targets[link], None
+            return [action for seq_id, binding in waiting or () for action in self._bind(seq_id, binding, now_us)]
+        try:
+            kind = parse_hello_untrusted(introduction).kind
+        except FrameError as error:
+            return self._refuse_link(link, error.reason)
+        if kind == pb.Hello.ROUTER_TO_WORKER:
+            self._routers[link] = Session()
+            return [self._to_router(link, status=self._status())]
+        if kind == pb.Hello.WORKER_TO_WORKER:
+            self._sources.add(link)
+            return []
+        return self._refuse_link(link, "kind")
+
+    def _refuse_link(self, link: LinkName, reason: str) -> list[object]:
+        self.counters[f"links_refused:{reason}"] += 1
+        return [Close(link, reason)]
+
+    def _on_link_lost(self, link: LinkName, now_us: int) -> list[object]:
+        if link == CONTROLLER:
+            return self._lease.on_lost(now_us)
+        if self._routers.pop(link, None) is not None:
+            orphans = self._attempts.of_link(link)
+            self.counters["orphans_reaped"] += len(orphans)
+            return [action for attempt in orphans for action in self._drop(attempt)]
+        if link in self._targets:
+            waiting = self._targets.pop(link) or []
+            unbound: list[object] = [
+                DeliveryFailed(seq_id=seq_id, target_attempt=binding.target_attempt, reason="link_lost")
+                for seq_id, binding in waiting
+            ]
+            return self._settle([*unbound, *self._source.on_link_lost(link)], now_us)
+        self._sources.discard(link)
+        return self._settle(self._target.on_link_lost(link), now_us)
+
+    def _on_message(self, link: LinkName, message: bytes, now_us: int) -> list[object]:
+        if link in self._sources:
+            self._failpoint("decode.receiving")
+            return self._settle(self._target.on_frame(link, message, now_us), now_us)
+        if link in self._targets:
+            return self._settle(self._source.on_frame(link, message, now_us), now_us)
+        if link == CONTROLLER:
+            return self._lease.on_message(message)
+        session = self._routers.get(link)
+        if session is None:
+            return []
+        try:
+            envelope = session.open_untrusted(pb.RouterToWorker, message)
+            return self._on_router_message(link, envelope, now_us)
+        except FrameError as error:
+            return self._refuse_link(link, error.reason)
+
+    # -- what routers ask ----------------------------------------------------------------------------------------------
+    def _on_router_message(self, link: LinkName, envelope: pb.RouterToWorker, now_us: int) -> list[object]:
+        match envelope.WhichOneof("body"):
+            case "prefill":
+                return self._on_prefill(link, envelope.prefill, now_us)
+            case "reserve":
+                return self._on_reserve(link, envelope.reserve, now_us)
+            case "bind":
+                return self._on_bind(link, envelope.bind, now_us)
+            case "abort":
+                attempt = self._attempts.find(link, envelope.abort.request, envelope.abort.attempt)
+                return [] if attempt is None else self._drop(attempt)
+            case "quiesce":
+                return self._decode.quiesce()
+        raise FrameError("body")
+
+    def _on_prefill(self, link: LinkName, message: pb.Prefill, now_us: int) -> list[object]:
+        if not self._takes(Role.PREFILL):
+            return [self._refuse_attempt(link, message, Status.UNAVAILABLE, "not_serving")]
+        try:
+            work = self._work_untrusted(message)
+        except FrameError as error:
+            return [self._refuse_attempt(link, message, Status.INVALID_ARGUMENT, error.reason)]
+        self._record(link, message, work, now_us)
+        self._failpoint("prefill.queued")
+        return self._prefill.add(work)
+
+    def _on_reserve(self, link: LinkName, message: pb.Reserve, now_us: int) -> list[object]:
+        refusal = self._reserve_refusal(message)
+        if refusal is not None:
+            return [self._refuse_reserve(link, message, refusal)]
+        try:
+            work = self._work_untrusted(message)
+        except FrameError:
+            return [self._refuse_reserve(link, message, pb.INVALID)]
+        self._record(link, message, work, now_us)
+        return self._decode.reserve(work)
+
+    def _reserve_refusal(self, message: pb.Reserve) -> pb.Refusal | None:
+        if message.epoch != self.epoch:
+            return pb.WRONG_EPOCH
+        if message.schema_digest != self.config.schema.digest:
+            return pb.WRONG_SCHEMA
+        return None if self._takes(Role.DECODE) else pb.NOT_SERVING
+
+    def _takes(self, role: Role) -> bool:
+        room = len(self._attempts) < limits.WORKER_ATTEMPTS_MAX
+        return room and self.state is WorkerState.SERVING and role in self.config.roles
+
+    def _work_untrusted(self, message: pb.Prefill | pb.Reserve) -> reports.Work:
+        """Raises FrameError, also for what a router should have refused: its word is not enough for an index kernel."""
+        token_ids = context_from_wire_untrusted(
+            message, vocab_size=self.config.vocab_size, max_len=self.config.max_model_len
+        )
+        return reports.Work(
+            seq_id=self._attempts.mint(),
+            token_ids=token_ids,
+            prompt_tokens=message.prompt_tokens,
+            sampling=sampling_from_wire_untrusted(message.sampling),
+            tenant=message.tenant,
+        )
+
+    def _record(self, link: LinkName, message: pb.Prefill | pb.Reserve, work: reports.Work, now_us: int) -> None:
+        if self._attempts.find(link, message.request, message.attempt) is not None:
+            raise FrameError("attempt")
+        deadline_ms = min(message.deadline_ms or limits.REQUEST_DEADLINE_MS, limits.REQUEST_DEADLINE_MS_MAX)
+        deadline_us = now_us + deadline_ms * 1_000
+        self._attempts.add(Attempt(link, message.request, message.attempt, work.seq_id, deadline_us, work))
+
+    def _on_bind(self, link: LinkName, message: pb.Bind, now_us: int) -> list[object]:
+        attempt = self._attempts.find(link, message.request, message.attempt)
+        if attempt is None:
+            return []  # the attempt ended while Bind was under way; the router hears, or has heard, how
+        if message.target == self.config.worker_id:
+            return self._bind_here(attempt, message.target_attempt)
+        peer = f"bulk/{message.target}"
+        binding = Binding(
+            link=peer,
+            transfer_id=message.transfer_id,
+            epoch=message.target_epoch,
+            skip_tokens=message.skip_tokens,
+            codec=message.codec if message.codec in codecs.names() else "raw",
+            target_attempt=message.target_attempt,
+        )
+        if peer not in self._targets:
+            self._targets[peer] = [(attempt.seq_id, binding)]
+            return [Dial(peer, message.target_address, hello(pb.Hello.WORKER_TO_WORKER, self.config.worker_id))]
+        waiting = self._targets[peer]
+        if waiting is not None:
+            waiting.append((attempt.seq_id, binding))
+            return []
+        return self._bind(attempt.seq_id, binding, now_us)
+
+    def _bind(self, seq_id: int, binding: Binding, now_us: int) -> list[object]:
+        role = self._prefill if self._prefill.owns(seq_id) else self._decode
+        return self._settle(role.bind(seq_id, binding, now_us), now_us)
+
+    def _bind_here(self, attempt: Attempt, target_attempt: int) -> list[object]:
+        if not self._prefill.owns(attempt.seq_id):
+            return []
+        self._attempts.rename(attempt, target_attempt)
+        actions = self._prefill.give_to_decode(attempt.seq_id)
+        self._decode.adopt(attempt.work)
+        return actions
+
+    # -- what the engine says ------------------------------------------------------------------------------------------
+    def _on_engine_event(self, event: object, now_us: int) -> list[object]:
+        match event:
+            case commands.KVComputed():
+                self._failpoint("prefill.computing")
+                return self._settle(self._prefill.on_computed(event, now_us), now_us)
+            case commands.TokensSampled():
+                self._failpoint("decode.decoding")
+                return self._settle(self._decode.on_tokens(event), now_us)
+            case commands.EngineLoad():
+                self._load = event
+                return []
+            case commands.Admitted():
+                return self._settle(self._prefill.on_admitted(event), now_us)
+            case commands.Prefilled() if self._decode.owns(event.seq_id):
+                return self._settle(self._decode.on_prefilled(event), now_us)
+            case commands.Prefilled():
+                return self._settle(self._prefill.on_prefilled(event, now_us), now_us)
+            case commands.Reserved():
+                return self._settle(self._decode.on_reserved(event, self.epoch), now_us)
+            case commands.Paused():
+                return self._settle(self._decode.on_paused(event, now_us), now_us)
+            case commands.StepFailed():
+                return self._on_step_failed(event, now_us)
+        raise TypeError(f"not an engine event: {event!r}")
+
+    def _on_step_failed(self, event: commands.StepFailed, now_us: int) -> list[object]:
+        self.counters[f"step_failures:{event.reason}"] += 1
+        failed = [self._attempts.of_sequence(seq_id) for seq_id in event.seq_ids]
+        return [
+            action
+            for attempt in failed
+            if attempt is not None
+            for action in self._fail_attempt(attempt, Status.INTERNAL, event.reason, now_us)
+        ]
+
+    # -- outcomes ------------------------------------------------------------------------------------------------------
+    def _settle(self, items: Sequence[object], now_us: int) -> list[object]:
+        """Turn transfer outcomes and role reports, however nested, into actions. Plain actions pass through."""
+        actions: list[object] = []
+        for item in items:
+            match item:
+                case Arrived():
+                    self._failpoint("decode.committed")
+                    actions += self._settle(self._decode.on_arrived(item), now_us)
+                case ArrivalFailed():
+                    actions += self._settle(self._decode.on_arrival_failed(item), now_us)
+                case Delivered() | DeliveryFailed():
+                    actions += self._settle(self._on_delivery(item), now_us)
+                case reports.Tokens():
+                    actions += self._report_tokens(item)
+                case reports.AttemptOver():
+                    actions += self._report_over(item)
+                case (
+                    reports.NearTurn()
+                    | reports.FirstToken()
+                    | reports.Granted()
+                    | reports.Full()
+                    | reports.Committed()
+                    | reports.Relocate()
+                ):
+                    actions += self._report(item)
+                case _:
+                    actions.append(item)
+        return actions
+
+    def _on_delivery(self, outcome: Delivered | DeliveryFailed) -> list[object]:
+        role = self._prefill if self._prefill.owns(outcome.seq_id) else self._decode
+        if isinstance(outcome, Delivered):
+            self._failpoint("prefill.end_sent")
+            return role.on_delivered(outcome)
+        return role.on_delivery_failed(outcome)
+
+    def _report_tokens(self, report: reports.Tokens) -> list[object]:
+        """One message per router for the whole step."""
+        by_router: defaultdict[LinkName, list[tuple[int, int, commands.SampledToken]]] = defaultdict(list)
+        for token in report.tokens:
+            attempt = self._attempts.of_sequence(token.seq_id)
+            if attempt is not None:
+                by_router[attempt.link].append((attempt.request, attempt.attempt, token))
+        return [self._to_router(link, tokens=tokens_to_wire(tokens)) for link, tokens in by_router.items()]
+
+    def _report_over(self, report: reports.AttemptOver) -> list[object]:
+        attempt = self._attempts.of_sequence(report.seq_id)
+        self._attempts.forget(report.seq_id)
+        if attempt is None or report.status is None:
+            return []
+        return [self._failed(attempt, report.status, report.reason)]
+
+    def _report(self, report: reports.Report) -> list[object]:
+        attempt = self._attempts.of_sequence(report.seq_id)  # type: ignore[union-attr]  # all but Tokens have one
+        if attempt is None:
+            return []
+        name = {"request": attempt.request, "attempt": attempt.attempt}
+        match report:
+            case reports.NearTurn():
+                self._failpoint("prefill.near_turn")
+                return [
+                    self._to_router(attempt.link, near_turn=pb.NearTurn(**name, context_tokens=report.context_tokens))
+                ]
+            case reports.FirstToken():
+                self._failpoint("prefill.streaming")
+                return [self._to_router(attempt.link, first_token=self._first_token(attempt, report))]
+            case reports.Granted():
+                self._failpoint("decode.reserved")
+                granted = pb.Reserved(
+                    **name, transfer_id=report.transfer_id, epoch=self.epoch, skip_tokens=report.skip_tokens
+                )
+                return [self._to_router(attempt.link, reserved=granted)]
+            case reports.Full():
+                self._attempts.forget(report.seq_id)
+                return [self._to_router(attempt.link, refused=pb.Refused(**name, reason=pb.FULL))]
+            case reports.Committed():
+                committed = pb.Committed(
+                    **name,
+                    codec=report.codec,
+                    bytes_raw=report.bytes_raw,
+                    bytes_wire=report.bytes_wire,
+                    transfer_us=report.transfer_us,
+                )
+                return [self._to_router(attempt.link, committed=committed)]
+            case reports.Relocate():
+                self.counters[f"relocations:{report.reason.value}"] += 1
+                relocate = pb.Relocate(
+                    **name,
+                    reason=RELOCATE_REASONS[report.reason],
+                    token_ids=report.token_ids,
+                    target_attempt=report.target_attempt,
+                )
+                return [self._to_router(attempt.link, relocate=relocate)]
+        raise TypeError(f"not a report: {report!r}")
+
+    @staticmethod
+    def _first_token(attempt: Attempt, report: reports.FirstToken) -> pb.FirstToken:
+        return pb.FirstToken(
+            request=attempt.request,
+            attempt=attempt.attempt,
+            position=report.position,
+            token_id=report.token_id,
+            finish=finish_to_wire(report.finish),
+        )
+
+    def _drop(self, attempt: Attempt) -> list[object]:
+        """Forget the attempt and free what it holds, in whatever stage it is. Idempotent below."""
+        self._attempts.forget(attempt.seq_id)
+        return [*self._prefill.abort(attempt.seq_id), *self._decode.abort(attempt.seq_id)]
+
+    def _fail_attempt(self, attempt: Attempt, status: Status, reason: str, now_us: int) -> list[object]:
+        return [*self._drop(attempt), self._failed(attempt, status, reason)]
+
+    # -- messages to routers -------------------------------------------------------------------------------------------
+    def _to_router(self, link: LinkName, **body: object) -> Send:
+        return Send(link, self._routers[link].seal(pb.WorkerToRouter(**body)))  # type: ignore[arg-type]
+
+    def _failed(self, attempt: Attempt, status: Status, reason: str) -> Send:
+        failed = pb.AttemptFailed(request=attempt.request, attempt=attempt.attempt, status=status.value, reason=reason)
+        return self._to_router(attempt.link, failed=failed)
+
+    def _refuse_attempt(self, link: LinkName, message: pb.Prefill, status: Status, reason: str) -> Send:
+        self.counters[f"attempts_refused:{reason}"] += 1
+        failed = pb.AttemptFailed(request=message.request, attempt=message.attempt, status=status.value, reason=reason)
+        return self._to_router(link, failed=failed)
+
+    def _refuse_reserve(self, link: LinkName, message: pb.Reserve, refusal: pb.Refusal) -> Send:
+        self.counters[f"reservations_refused:{pb.Refusal.Name(refusal).lower()}"] += 1
+        refused = pb.Refused(request=message.request, attempt=message.attempt, reason=refusal)
+        return self._to_router(link, refused=refused)
+
+    # -- who we are ----------------------------------------------------------------------------------------------------
+    def _describe(self) -> pb.WorkerInfo:
+        config = self.config
+        return pb.WorkerInfo(
+            worker=config.worker_id,
+            name=config.name,
+            address=config.address,
+            epoch=self.epoch,
+            state=self.state.value,
+            roles=sorted(role.value for role in config.roles),
+            model=config.model,
+            schema_digest=config.schema.digest,
+            block_size_tokens=config.block_size,
+            total_columns=config.columns,
+            max_model_len=config.max_model_len,
+            codecs=codecs.names(),
+            wire_version=WIRE_VERSION,
+        )
+
+    def _status(self) -> pb.WorkerStatus:
+        load = self._load
+        return pb.WorkerStatus(
+            worker=self.config.worker_id,
+            epoch=self.epoch,
+            state=self.state.value,
+            roles=sorted(role.value for role in self.config.roles),
+            free_columns=load.free_columns,
+            total_columns=load.total_columns,
+            running=load.running,
+            waiting=load.waiting,
+            waiting_tokens=load.waiting_tokens,
+            step_us=int(load.step_ms * 1_000),
+            attempts=len(self._attempts),
+            counters=dict(self.counters),
+            lent_columns=load.lent_columns,
+            held=len(self.custody),
+            tasks=self._count_tasks(),
+        )

@@ -1,0 +1,233 @@
+"""A worker's process: the asyncio loop with the machine, one engine thread, a few codec threads (DESIGN 3).
+
+    loop            links, keep-alives, WorkerCore; no Python section over ~0.2 ms
+    engine thread   sole owner of the allocator and of torch; pinned to this worker's cores
+    codec threads   GIL-free calls only; float over all cores
+
+The model is loaded and checked before the worker registers: who is registered can take commands.
+"""
+
+import asyncio
+import logging
+import os
+import secrets
+import socket
+import sys
+import time
+from collections.abc import Callable
+from random import SystemRandom
+
+from control_plane.agent.core import Config, Drain, Drained, WorkerCore
+from control_plane.lifecycle import Shutdown, configure_logging
+from control_plane.model_choice import ModelChoice, choose_model
+from control_plane.options import EngineOptions, ExecutorKind, WorkerOptions
+from engine.base.asyncio_host import AsyncioHost, JobPool
+from engine.base.failpoints import Failpoints
+from engine.base.link import Link, LinkHandler
+from engine.commands import EngineEvent
+from engine.core import EngineCore
+from engine.executors import Executor
+from engine.executors.oracle import OracleExecutor
+from engine.executors.paced import PacedExecutor, StepTimeModel
+from engine.kv.arena import Arena
+from engine.scheduler import Scheduler
+from engine.thread import EngineThread
+from kv_transfer.transports.grpc import GrpcTransport
+
+log = logging.getLogger("triptych.worker")
+
+FAILPOINTS_VARIABLE = "TRIPTYCH_FAILPOINTS"  # tests arm them; nothing can over the network
+SWITCH_INTERVAL_S = 0.0005  # Python's default of 5 ms is a stall per message beside a busy engine thread
+LOAD_TIMEOUT_S = 600.0
+STOP_TIMEOUT_S = 10.0
+MEMORY_SHARE = 0.25  # of what is free when the worker starts, unless told
+KV_BYTES_DEFAULT_MAX = 1 << 30  # a worker on a shared machine should not take it all without being asked
+
+
+def main(options: WorkerOptions) -> int:
+    configure_logging(options.name, options.log_level)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    return asyncio.run(_serve(options))
+
+
+async def _serve(options: WorkerOptions) -> int:
+    shutdown = Shutdown()
+    shutdown.install()
+    worker = _Worker(options, choose_model(options.engine), shutdown)
+    if await worker.start():
+        await shutdown.wait()
+    await worker.stop()
+    return shutdown.exit_status
+
+
+class _Worker:
+    """The parts of one worker process and the order in which they start and end."""
+
+    def __init__(self, options: WorkerOptions, model: ModelChoice, shutdown: Shutdown) -> None:
+        self._options = options
+        self._model = model
+        self._shutdown = shutdown
+        self._drained = asyncio.Event()
+        self._transport = GrpcTransport()
+        self._host: AsyncioHost | None = None
+        columns = _columns(options.engine, model)
+        self._arena = Arena(model.schema, columns=columns, block_size=options.engine.block_size)
+        self._engine = self._build_engine()
+
+    def _build_engine(self) -> EngineThread:
+        engine = self._options.engine
+        config = Scheduler.Config(
+            step_tokens=engine.step_tokens,
+            block_size=engine.block_size,
+            max_model_len=self._model.max_model_len,
+            eos_token_ids=frozenset(self._model.eos_token_ids),
+        )
+        loop = asyncio.get_running_loop()
+        self._loaded = asyncio.Event()
+
+        def build_executor() -> Executor:
+            executor = _executor(self._options, self._model, self._arena)
+            loop.call_soon_threadsafe(self._loaded.set)
+            return executor
+
+        def on_crash(error: Exception) -> None:
+            loop.call_soon_threadsafe(self._shutdown.crash, error)
+
+        core = EngineCore(config, self._model.schema, self._arena)
+        cores = self._options.cores or None
+        return EngineThread(core, build_executor, self._on_engine_events, on_crash=on_crash, cpu_set=cores)
+
+    def _on_engine_events(self, events: tuple[EngineEvent, ...]) -> None:
+        if self._host is not None:
+            self._host.deliver_engine_events(events)
+
+    # -- start ---------------------------------------------------------------------------------------------------------
+    async def start(self) -> bool:
+        """False when asked to end before the model was loaded."""
+        started_s = time.monotonic()
+        self._engine.start()
+        if not await self._load():
+            return False
+        self._transport.listen(self._options.listen, self._accept)
+        await self._transport.start()
+        core = WorkerCore(
+            self._core_config(), random=SystemRandom(), failpoint=self._failpoint(), count_tasks=count_tasks
+        )
+        self._host = AsyncioHost(
+            core,
+            self._transport,
+            outputs=self._on_output,
+            engine=self._engine,
+            jobs=JobPool(memory=self._arena),
+            on_crash=self._shutdown.crash,
+        )
+        self._host.start()
+        log.info(
+            "worker ready id=%s roles=%s address=%s columns=%d load_s=%.1f",
+            core.config.worker_id,
+            "+".join(sorted(role.value for role in core.config.roles)),
+            core.config.address,
+            core.config.columns,
+            time.monotonic() - started_s,
+        )
+        return True
+
+    async def _load(self) -> bool:
+        asked = asyncio.ensure_future(self._shutdown.wait())
+        loaded = asyncio.ensure_future(self._loaded.wait())
+        try:
+            await asyncio.wait((asked, loaded), timeout=LOAD_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+            return self._loaded.is_set() and not asked.done()
+        finally:
+            asked.cancel()
+            loaded.cancel()
+
+    def _accept(self, link: Link, hello: bytes) -> LinkHandler:
+        assert self._host is not None, "nobody knows our port yet"
+        return self._host.accept(link, hello)
+
+    def _core_config(self) -> Config:
+        options, model = self._options, self._model
+        assert self._transport.port is not None
+        return Config(
+            worker_id=secrets.token_hex(8),
+            name=options.name,
+            address=f"{_advertised_host(options.listen)}:{self._transport.port}",
+            controller_address=options.controller,
+            roles=options.roles,
+            model=model.name,
+            schema=model.schema,
+            vocab_size=model.vocab_size,
+            max_model_len=model.max_model_len,
+            block_size=options.engine.block_size,
+            columns=self._arena.columns,
+        )
+
+    @staticmethod
+    def _failpoint() -> Callable[[str], None]:
+        return Failpoints(os.environ.get(FAILPOINTS_VARIABLE, "")).hit
+
+    # -- end -----------------------------------------------------------------------------------------------------------
+    def _on_output(self, output: object) -> None:
+        if isinstance(output, Drained):
+            self._drained.set()
+
+    async def stop(self) -> None:
+        """Drain, then take the parts down in the reverse of the order in which they depend on each other."""
+        if self._host is not None:
+            await self._drain(self._host)
+            await self._host.close("shutdown")
+        await self._transport.close()
+        await asyncio.to_thread(self._engine.stop, STOP_TIMEOUT_S)
+
+    async def _drain(self, host: AsyncioHost) -> None:
+        if self._shutdown.crashed:
+            return
+        timeout_s = self._options.drain_timeout_s
+        host.deliver(Drain(timeout_ms=int(timeout_s * 1_000)))
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._drained.wait()
+        except TimeoutError:
+            log.warning("drain timed out after_s=%.1f", timeout_s)
+
+
+def count_tasks() -> int:
+    return len(asyncio.all_tasks())
+
+
+# -- parts -------------------------------------------------------------------------------------------------------------
+def _executor(options: WorkerOptions, model: ModelChoice, arena: Arena) -> Executor:
+    """Built on the engine thread. Imports torch only for the executor that is torch."""
+    kind = options.engine.executor
+    if kind is not ExecutorKind.TORCH:
+        paced = kind is ExecutorKind.PACED
+        oracle = OracleExecutor(arena, OracleExecutor.Config(schema=model.schema, trust_read_rows=paced))
+        return PacedExecutor(oracle, StepTimeModel(), time.sleep) if paced else oracle
+    from engine.executors import torch
+
+    assert model.path is not None
+    config = torch.Config(
+        model=model.path,
+        dtype=model.dtype,
+        threads=options.threads,
+        layers_per_group=options.engine.layers_per_group,
+    )
+    return torch.TorchExecutor(config, arena)
+
+
+def _columns(options: EngineOptions, model: ModelChoice) -> int:
+    """KV memory in columns: what was asked for, else a share of what is free; enough for one longest request."""
+    column_bytes = model.schema.token_bytes * options.block_size
+    if options.kv_cache_mib is not None:
+        return max(1, (options.kv_cache_mib << 20) // column_bytes)
+    longest = -(-model.max_model_len // options.block_size) + 1
+    free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    budget_bytes = min(int(free_bytes * MEMORY_SHARE), KV_BYTES_DEFAULT_MAX)
+    return max(longest, min(budget_bytes // column_bytes, 1 << 20))
+
+
+def _advertised_host(listen: str) -> str:
+    """What peers can dial: a wildcard address is this machine's own name to others."""
+    host = listen.rpartition(":")[0]
+    return socket.gethostbyname(socket.gethostname()) if host in ("0.0.0.0", "[::]") else host

@@ -1,0 +1,69 @@
+"""What every process of ours does the same way: logs, signals, and not outliving the one who started it.
+
+Not here: what a process is for.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+
+LIFELINE_VARIABLE = "TRIPTYCH_LIFELINE"
+"""Set by a launcher that keeps the other end of our standard input: when it closes, the launcher is gone."""
+
+LIFELINE_BYTES = 4_096
+
+
+def configure_logging(process: str, level: str) -> None:
+    """key=value lines on standard error; the process's name on each, because a launcher mixes them."""
+    line = f"%(asctime)s.%(msecs)03d %(levelname)-7s {process} %(name)s: %(message)s"
+    logging.basicConfig(stream=sys.stderr, level=level.upper(), format=line, datefmt="%H:%M:%S", force=True)
+
+
+class Shutdown:
+    """Asked to end: by SIGTERM, SIGINT, or the launcher's death. Asked twice: end at once."""
+
+    def __init__(self) -> None:
+        self._asked = asyncio.Event()
+        self._crashed = False
+
+    def install(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+        if os.environ.get(LIFELINE_VARIABLE):
+            os.set_blocking(sys.stdin.fileno(), False)
+            loop.add_reader(sys.stdin.fileno(), self._on_lifeline)
+
+    def ask(self) -> None:
+        self._asked.set()
+
+    def crash(self, error: Exception) -> None:
+        """A bug of ours: end, and say so with the exit status."""
+        self._crashed = True
+        self._asked.set()
+
+    async def wait(self) -> None:
+        await self._asked.wait()
+
+    @property
+    def exit_status(self) -> int:
+        return 1 if self._crashed else 0
+
+    @property
+    def crashed(self) -> bool:
+        return self._crashed
+
+    def _on_signal(self) -> None:
+        if self._asked.is_set():
+            os._exit(130)  # the second signal: whoever sends it does not want to wait
+        self._asked.set()
+
+    def _on_lifeline(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            if os.read(sys.stdin.fileno(), LIFELINE_BYTES):
+                return
+            asyncio.get_running_loop().remove_reader(sys.stdin.fileno())
+            self._asked.set()

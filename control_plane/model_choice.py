@@ -1,0 +1,64 @@
+"""Which model an option names, for processes that must not load it. No torch, no transformers.
+
+"oracle"            no weights: oracle_schema, or SmolLM2's KV shape for paced workers
+"smollm2"           the default checkpoint, converted at install
+anything else       a checkpoint directory in Hugging Face's layout
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from control_plane.options import MODEL_DEFAULT, MODEL_ORACLE, Dtype, EngineOptions, ExecutorKind
+from engine.base.errors import InvalidArgument
+from engine.executors.oracle import OracleExecutor, oracle_schema
+from engine.executors.paced import smollm2_schema
+from engine.kv.schema import CacheSchema
+from engine.models.checkpoint import ensure_default_model
+from engine.models.info import describe, schema_for
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelChoice:
+    """Everything but the weights. `path` is None for the oracle; `dtype` is what KV and weights are computed in."""
+
+    name: str
+    path: Path | None
+    dtype: str
+    schema: CacheSchema
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+
+
+def choose_model(options: EngineOptions) -> ModelChoice:
+    """Raises InvalidArgument naming what is wrong with the folder."""
+    if options.model == MODEL_ORACLE:
+        return _oracle(options)
+    path = ensure_default_model() if options.model == MODEL_DEFAULT else Path(options.model)
+    if not path.is_dir():
+        raise InvalidArgument(f"model: '{options.model}' is neither a directory nor a known name", field="model")
+    info = describe(path)
+    dtype = info.dtype if options.dtype is Dtype.AUTO else options.dtype.value
+    return ModelChoice(
+        name=info.name,
+        path=path,
+        dtype=dtype,
+        schema=schema_for(info, dtype),
+        vocab_size=info.vocab_size,
+        max_model_len=min(options.max_model_len or info.max_model_len, info.max_model_len),
+        eos_token_ids=info.eos_token_ids,
+    )
+
+
+def _oracle(options: EngineOptions) -> ModelChoice:
+    schema = smollm2_schema() if options.executor is ExecutorKind.PACED else oracle_schema()
+    defaults = OracleExecutor.Config()
+    return ModelChoice(
+        name=MODEL_ORACLE,
+        path=None,
+        dtype=schema.kv.dtype,
+        schema=schema,
+        vocab_size=defaults.vocab_size,
+        max_model_len=options.max_model_len or 8_192,
+        eos_token_ids=(),
+    )

@@ -1,0 +1,163 @@
+"""What a person asks one process for: one frozen, checked value per command. Knows no process, no torch, no network.
+
+The command line and launchers build these, processes read them. A combination that cannot work is refused here, in
+words meant for the person who typed it (`OptionError`), before any process starts.
+"""
+
+import math
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from engine.base import limits
+from engine.types import Role
+
+MODEL_DEFAULT = "smollm2"  # the test model that `make install` converts; anything else is a checkpoint directory
+MODEL_ORACLE = "oracle"  # no weights at all: the next token is a digest of every KV byte read
+
+HTTP_PORT = 8000
+ADMIN_PORT = 8001
+GRPC_PORT = 50051
+PORT_MAX = 65_535
+
+
+class OptionError(ValueError):
+    """An option, or a combination of options, that cannot work. `option` is the flag's name without dashes."""
+
+    def __init__(self, option: str, message: str) -> None:
+        super().__init__(message)
+        self.option = option
+
+
+class Dtype(StrEnum):
+    """What weights and KV are computed in; `auto` is the checkpoint's own."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+class ExecutorKind(StrEnum):
+    """What runs a step (DESIGN 3)."""
+
+    TORCH = "torch"  # the real model
+    ORACLE = "oracle"  # torch-free: any stale or foreign KV byte changes the tokens
+    PACED = "paced"  # oracle tokens after a fitted step time
+
+
+class LogLevel(StrEnum):
+    """How much a process says about itself on standard error."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """What every worker of a cluster shares: two workers that differ in any of these cannot exchange KV."""
+
+    model: str = MODEL_DEFAULT
+    executor: ExecutorKind = ExecutorKind.TORCH
+    dtype: Dtype = Dtype.AUTO
+    block_size: int = limits.BLOCK_SIZE_TOKENS
+    max_model_len: int | None = None  # None: the checkpoint's own
+    kv_cache_mib: int | None = None  # None: a share of the machine's free memory
+    codec: str = "raw"
+    layers_per_group: int = limits.LAYERS_PER_GROUP
+    step_tokens: int = limits.STEP_TOKENS_MAX
+
+    def __post_init__(self) -> None:
+        require_at_least("block-size", self.block_size, 1)
+        require_at_least("layers-per-group", self.layers_per_group, 1)
+        require_at_least("step-tokens", self.step_tokens, 1)
+        if self.max_model_len is not None:
+            require_at_least("max-model-len", self.max_model_len, 2)  # a prompt token and an answer token
+        if self.kv_cache_mib is not None:
+            require_at_least("kv-cache-mib", self.kv_cache_mib, 1)
+        if self.model == MODEL_ORACLE and self.executor is ExecutorKind.TORCH:
+            raise OptionError("executor", "model 'oracle' has no weights: use --executor oracle or paced")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerOptions:
+    """One worker process (`triptych worker`)."""
+
+    engine: EngineOptions = field(default_factory=EngineOptions)
+    name: str
+    roles: frozenset[Role]
+    controller: str  # host:port of the controller to register with
+    listen: str = "127.0.0.1:0"  # host:port for links; port 0 lets the kernel choose
+    cores: tuple[int, ...] = ()  # cores of the engine thread; empty: wherever the kernel puts it
+    threads: int = 1  # of one engine step; never torch's default
+    drain_timeout_s: float = limits.DRAIN_TIMEOUT_MS / 1_000
+    log_level: LogLevel = LogLevel.INFO
+
+    def __post_init__(self) -> None:
+        require_address("controller", self.controller)
+        require_address("listen", self.listen)
+        require_at_least("threads", self.threads, 1)
+        require_drain(self.drain_timeout_s)
+        if not self.roles:
+            raise OptionError("role", "a worker begins with at least one role")
+        if Role.ENCODE in self.roles:
+            raise OptionError("role", "encode workers (images) are not there yet")
+        if any(core < 0 for core in self.cores):
+            raise OptionError("cores", "core numbers start at 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterOptions:
+    """One router process (`triptych router`)."""
+
+    controller: str
+    engine: EngineOptions = field(default_factory=EngineOptions)  # the model it speaks for, the codec it asks for
+    host: str = "127.0.0.1"
+    port: int = HTTP_PORT
+    admin_port: int = ADMIN_PORT
+    grpc_port: int = GRPC_PORT
+    drain_timeout_s: float = limits.DRAIN_TIMEOUT_MS / 1_000
+    log_level: LogLevel = LogLevel.INFO
+
+    def __post_init__(self) -> None:
+        require_address("controller", self.controller)
+        require_ports({"port": self.port, "admin-port": self.admin_port, "grpc-port": self.grpc_port})
+        require_drain(self.drain_timeout_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControllerOptions:
+    """The controller process (`triptych controller`)."""
+
+    listen: str
+    log_level: LogLevel = LogLevel.INFO
+
+    def __post_init__(self) -> None:
+        require_address("listen", self.listen)
+
+
+def require_at_least(option: str, value: int, low: int) -> None:
+    if value < low:
+        raise OptionError(option, f"must be at least {low}, not {value}")
+
+
+def require_drain(seconds: float) -> None:
+    if not (math.isfinite(seconds) and seconds >= 0):
+        raise OptionError("drain-timeout-s", f"must be a number of seconds, 0 or more, not {seconds}")
+
+
+def require_ports(ports: dict[str, int]) -> None:
+    """Each in range (0 lets the kernel choose), and no two the same."""
+    taken: dict[int, str] = {}
+    for option, port in ports.items():
+        if not 0 <= port <= PORT_MAX:
+            raise OptionError(option, f"must be a port from 0 to {PORT_MAX}, not {port}")
+        if port and port in taken:
+            raise OptionError(option, f"port {port} is already --{taken[port]}")
+        taken[port] = option
+
+
+def require_address(option: str, address: str) -> None:
+    host, _, port = address.rpartition(":")
+    if not host or not (port.isascii() and port.isdigit()) or int(port) > PORT_MAX:
+        raise OptionError(option, f"must be host:port, not '{address}'")

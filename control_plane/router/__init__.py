@@ -1,0 +1,1 @@
+"""The router: owns every request from its first byte to its one ending (DESIGN section 1)."""

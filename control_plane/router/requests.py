@@ -1,0 +1,84 @@
+"""What the router's edge (HTTP, gRPC) and its core say to each other.
+
+The edge tokenises, detokenises, knows clients. The core knows token ids and workers. They meet in these values only,
+so that the core runs unchanged in the virtual cluster, where no edge exists.
+"""
+
+from dataclasses import dataclass, field
+
+from engine.base.errors import TriptychError
+from engine.types import FinishReason, SamplingParams
+
+
+# -- edge -> core --------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submit:
+    """A validated request. `key` is minted by the edge, never reused. Exactly one `Ended` follows."""
+
+    key: int
+    token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    tenant: str = ""
+    deadline_ms: int = 0
+    codec: str = ""  # the router's own choice when empty
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """The client is gone. `Ended` with `Cancelled` follows unless the request has already ended."""
+
+    key: int
+
+
+# -- core -> edge --------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class TokensReady:
+    """The next output tokens of a request, in order, each exactly once."""
+
+    key: int
+    token_ids: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class RequestStats:
+    """What the final chunk tells the client under `triptych`. Worker fields hold the last binding's."""
+
+    prefill_worker: str = ""
+    decode_worker: str = ""
+    encode_workers: tuple[str, ...] = ()
+    codec: str = ""
+    kv_bytes_raw: int = 0
+    kv_bytes_wire: int = 0
+    attempts: int = 0
+    phase_ms: dict[str, float] = field(default_factory=dict)  # queue, encode, prefill, transfer, decode
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """A request's one ending: `finish` or `error`, never both. Nothing follows."""
+
+    key: int
+    finish: FinishReason | None = None
+    error: TriptychError | None = None
+    stats: RequestStats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerView:
+    """One line of `GET /admin/v1/workers`."""
+
+    id: str
+    name: str
+    address: str
+    roles: tuple[str, ...]
+    epoch: int
+    state: str
+    connected: bool
+    free_columns: int
+    total_columns: int
+    running: int
+    waiting: int
+    attempts: int = 0  # that the worker holds a record for
+    held: int = 0  # sequences whose memory is not released
+    lent_columns: int = 0  # columns that a transfer writes into
+    tasks: int = 0  # asyncio tasks of its process

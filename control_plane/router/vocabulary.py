@@ -1,0 +1,125 @@
+"""Text to token ids and back, and the few facts about the model that the edge checks requests against.
+
+`TokenizerVocabulary` reads a model's `tokenizer.json` with the `tokenizers` library alone (the router has no torch and
+no transformers). `OracleVocabulary` serves models that are no models: oracle and paced workers, whose ids mean nothing.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol
+
+from tokenizers import Tokenizer
+
+from control_plane.router.detokenizer import ByteDetokenizer, IncrementalDetokenizer, WindowDetokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCard:
+    """What the edge must know about the served model. Made from the model's own description by the composition."""
+
+    name: str
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...] = ()
+
+
+class Vocabulary(Protocol):
+    """A model's text. Thread-safe: long prompts are encoded off the event loop."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def detokenizer(self, silent_ids: frozenset[int]) -> IncrementalDetokenizer:
+        """A fresh one for one request; `silent_ids` end its text without being part of it."""
+
+
+class TokenizerVocabulary:
+    """A Hugging Face fast tokenizer.
+
+    The names of special tokens inside a prompt are ordinary text unless the operator permits them: otherwise a user
+    could close the system prompt's turn from inside his own (reliability D9). Clients that apply a chat template
+    themselves and send the result as a prompt need the permission.
+    """
+
+    def __init__(self, path: Path, vocab_size: int, *, permit_special_tokens: bool = False) -> None:
+        self._tokenizer = Tokenizer.from_file(str(path))
+        self._tokenizer.encode_special_tokens = not permit_special_tokens
+        self._tokenizer.no_truncation()  # a saved file may carry both; either would change a prompt silently
+        self._tokenizer.no_padding()
+        self._token_bytes = self._byte_table(vocab_size) if _is_byte_level(self._tokenizer) else None
+
+    @classmethod
+    def from_model_dir(
+        cls, model_dir: Path, vocab_size: int, *, permit_special_tokens: bool = False
+    ) -> "TokenizerVocabulary":
+        return cls(model_dir / "tokenizer.json", vocab_size, permit_special_tokens=permit_special_tokens)
+
+    def encode(self, text: str) -> list[int]:
+        # The batch call lets go of the GIL, `encode` does not (measured: 10x less progress of other threads).
+        return list(self._tokenizer.encode_batch_fast([text])[0].ids)
+
+    def detokenizer(self, silent_ids: frozenset[int]) -> IncrementalDetokenizer:
+        if self._token_bytes is not None:
+            return ByteDetokenizer(self._token_bytes, silent_ids)
+        return WindowDetokenizer(self._decode, silent_ids)
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
+
+    def _byte_table(self, vocab_size: int) -> list[bytes]:
+        """Bytes of every id; empty for special tokens and for ids that only pad the embedding matrix."""
+        alphabet = _byte_alphabet()
+        vocab: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        table = [b""] * max(vocab_size, max(vocab.values(), default=-1) + 1)
+        for token, token_id in vocab.items():
+            table[token_id] = _token_bytes(token, alphabet)
+        for token_id, added in self._tokenizer.get_added_tokens_decoder().items():
+            if added.special:
+                table[token_id] = b""
+        return table
+
+
+class OracleVocabulary:
+    """A reversible make-believe text: id 123 reads " 123", and such text encodes to its ids again.
+
+    Any other prompt encodes to its UTF-8 bytes (modulo the vocabulary), so that every prompt has some ids.
+    """
+
+    _IDS: Final = re.compile(r"(?: [0-9]{1,9})+")
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._token_bytes = [b" %d" % token for token in range(vocab_size)]
+
+    def encode(self, text: str) -> list[int]:
+        if self._IDS.fullmatch(text):
+            token_ids = [int(word) for word in text.split()]
+            if max(token_ids) < self._vocab_size:
+                return token_ids
+        return [byte % self._vocab_size for byte in text.encode()]
+
+    def detokenizer(self, silent_ids: frozenset[int]) -> IncrementalDetokenizer:
+        return ByteDetokenizer(self._token_bytes, silent_ids)
+
+
+# -- byte-level tokenizers: GPT-2's printable stand-ins for the 256 bytes ------------------------------------------
+def _is_byte_level(tokenizer: Tokenizer) -> bool:
+    decoder = json.loads(tokenizer.to_str()).get("decoder")
+    return isinstance(decoder, dict) and decoder.get("type") == "ByteLevel"
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Printable characters stand for themselves, the other bytes for U+0100 onwards, in order."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    stand_ins: Iterator[int] = iter(range(0x100, 0x200))
+    return {chr(byte if byte in printable else next(stand_ins)): byte for byte in range(256)}
+
+
+def _token_bytes(token: str, alphabet: dict[str, int]) -> bytes:
+    """As the library's decoder does: a token with any character outside the alphabet is plain text."""
+    try:
+        return bytes([alphabet[character] for character in token])
+    except KeyError:
+        return token.encode()

@@ -1,0 +1,235 @@
+"""A scripted core, a clock that is a number, and a client that speaks ASGI by hand: what the edge's tests share."""
+
+import asyncio
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import msgspec
+
+from control_plane.router import edge as edge_module
+from control_plane.router import validation
+from control_plane.router.edge import Edge
+from control_plane.router.http import Config, admin_app, public_app
+from control_plane.router.metrics import RouterMetrics
+from control_plane.router.requests import Cancel, Ended, RequestStats, Submit, TokensReady, WorkerView
+from control_plane.router.validation import Validator
+from control_plane.router.vocabulary import ModelCard, OracleVocabulary, Vocabulary
+from engine.base.errors import Cancelled, TriptychError
+from engine.types import FinishReason
+
+CARD = ModelCard(name="tiny", vocab_size=1_000, max_model_len=64, eos_token_ids=(999,))
+STATS = RequestStats(
+    prefill_worker="p1",
+    decode_worker="d1",
+    codec="raw",
+    kv_bytes_raw=4_000,
+    kv_bytes_wire=1_000,
+    attempts=1,
+    phase_ms={"queue": 1.0, "prefill": 2.0},
+)
+WORKER = WorkerView(
+    id="w1",
+    name="prefill-0",
+    address="127.0.0.1:1",
+    roles=("prefill",),
+    epoch=3,
+    state="SERVING",
+    connected=True,
+    free_columns=7,
+    total_columns=9,
+    running=2,
+    waiting=1,
+)
+
+
+class FakeCore:
+    """Records what the edge delivers. `script`, if set, answers each `Submit`; every `Cancel` is answered `Ended`."""
+
+    def __init__(self) -> None:
+        self.edge: Edge
+        self.delivered: list[Submit | Cancel] = []
+        self.script: Callable[[FakeCore, int], None] | None = None
+        self.open_keys: set[int] = set()
+        self.changed = asyncio.Event()
+
+    def deliver(self, event: Submit | Cancel) -> None:
+        self.delivered.append(event)
+        self.changed.set()
+        if isinstance(event, Submit):
+            self.open_keys.add(event.key)
+            if self.script is not None:
+                self.script(self, event.key)
+        elif event.key in self.open_keys:
+            asyncio.get_running_loop().call_soon(self.end, event.key, Cancelled("cancelled"))
+
+    def tokens(self, key: int, *token_ids: int) -> None:
+        self.edge.on_output(TokensReady(key, token_ids))
+
+    def end(self, key: int, ending: FinishReason | TriptychError = FinishReason.STOP) -> None:
+        if key not in self.open_keys:
+            return
+        self.open_keys.discard(key)
+        finish = ending if isinstance(ending, FinishReason) else None
+        error = ending if isinstance(ending, TriptychError) else None
+        self.edge.on_output(Ended(key=key, finish=finish, error=error, stats=STATS))
+        self.changed.set()
+
+    async def until(self, condition: Callable[[], object]) -> None:
+        """Wait for what the far side of a socket makes us do."""
+        while not condition():
+            self.changed.clear()
+            await self.changed.wait()
+
+    @property
+    def submits(self) -> list[Submit]:
+        return [event for event in self.delivered if isinstance(event, Submit)]
+
+    @property
+    def cancels(self) -> list[Cancel]:
+        return [event for event in self.delivered if isinstance(event, Cancel)]
+
+
+def answers(
+    *batches: Sequence[int], ending: FinishReason | TriptychError = FinishReason.STOP
+) -> Callable[[FakeCore, int], None]:
+    """A script: one batch of tokens per turn of the loop, then the ending."""
+
+    def script(core: FakeCore, key: int) -> None:
+        steps: list[Callable[[], None]] = [lambda ids=ids: core.tokens(key, *ids) for ids in batches]
+        steps.append(lambda: core.end(key, ending))
+
+        def turn(index: int) -> None:
+            steps[index]()
+            if index + 1 < len(steps):
+                asyncio.get_running_loop().call_soon(asyncio.get_running_loop().call_soon, turn, index + 1)
+
+        asyncio.get_running_loop().call_soon(turn, 0)
+
+    return script
+
+
+@dataclass
+class FakeState:
+    ready: bool = True
+    in_flight: int = 0
+    counted: dict[tuple[str, tuple[tuple[str, str], ...]], float] = field(default_factory=dict)
+
+    def workers(self) -> Sequence[WorkerView]:
+        return [WORKER]
+
+    def counters(self) -> Mapping[tuple[str, tuple[tuple[str, str], ...]], float]:
+        return self.counted
+
+
+class Router:
+    """The whole edge over a fake core."""
+
+    def __init__(
+        self,
+        card: ModelCard = CARD,
+        vocabulary: Vocabulary | None = None,
+        edge_config: edge_module.Config | None = None,
+        http_config: Config | None = None,
+    ) -> None:
+        self.core = FakeCore()
+        self.state = FakeState()
+        self.metrics = RouterMetrics()
+        self.now_us = 0
+        ids = itertools.count(1)
+        vocabulary = vocabulary or OracleVocabulary(card.vocab_size)
+        self.edge = Edge(
+            edge_config or edge_module.Config(),
+            card=card,
+            vocabulary=vocabulary,
+            deliver=self.core.deliver,
+            observer=self.metrics,
+            clock_us=lambda: self.now_us,
+            mint_id=lambda: f"id{next(ids)}",
+        )
+        self.core.edge = self.edge
+        self.validator = Validator(
+            validation.Config(codecs=("raw", "int8")),
+            card=card,
+            vocabulary=vocabulary,
+            draw_seed=lambda: 77,
+            count_unknown=self.metrics.unknown_fields,
+        )
+        self.app = public_app(
+            edge=self.edge,
+            validator=self.validator,
+            state=self.state,
+            metrics=self.metrics,
+            wall_s=lambda: 1_700_000_000.5,
+            config=http_config,
+        )
+        self.admin = admin_app(state=self.state, metrics=self.metrics)
+
+    async def request(self, method: str, path: str, *, admin: bool = False, **options: Any) -> httpx.Response:
+        transport = httpx.ASGITransport(app=self.admin if admin else self.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://router") as client:
+            return await client.request(method, path, **options)
+
+    async def complete(self, **fields: Any) -> httpx.Response:
+        return await self.request("POST", "/v1/completions", json={"prompt": [1, 2, 3], **fields})
+
+    def sample(self, name: str, **labels: str) -> float | None:
+        return self.metrics.registry.get_sample_value(name, labels)
+
+
+class Call:
+    """One HTTP request spoken in ASGI messages, so that a test decides when the client reads and when it leaves."""
+
+    def __init__(self, app: Any, body: bytes, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
+        self.sent: list[dict[str, Any]] = []
+        self.reading = asyncio.Event()
+        self.reading.set()
+        self.blocked = False  # in a send that the client does not read
+        self._arrived = asyncio.Condition()
+        self._inbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self._inbox.put_nowait({"type": "http.request", "body": body, "more_body": False})
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/v1/completions",
+            "headers": list(headers),
+            "query_string": b"",
+        }
+        self.task = asyncio.create_task(app(scope, self._inbox.get, self._send))
+
+    async def _send(self, message: dict[str, Any]) -> None:
+        self.blocked = not self.reading.is_set()
+        await self.reading.wait()
+        self.blocked = False
+        self.sent.append(message)
+
+    def disconnect(self) -> None:
+        self._inbox.put_nowait({"type": "http.disconnect"})
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(message.get("body", b"") for message in self.sent)
+
+
+async def turns(count: int = 12) -> None:
+    """Let everything that is ready run."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+def body(**fields: Any) -> bytes:
+    return msgspec.json.encode({"prompt": [1, 2, 3], "stream": True, **fields})
+
+
+def events(stream: bytes) -> list[dict[str, Any]]:
+    """A strict reader of server-sent events: only `data:` lines, one per event, [DONE] last and once."""
+    text = stream.decode("utf-8")
+    assert text.endswith("\n\n")
+    blocks = text[:-2].split("\n\n")
+    assert all(block.startswith("data: ") and "\n" not in block and "\r" not in block for block in blocks)
+    payloads = [block.removeprefix("data: ") for block in blocks]
+    assert payloads[-1] == "[DONE]"
+    assert payloads.count("[DONE]") == 1
+    return [msgspec.json.decode(payload) for payload in payloads[:-1]]

@@ -1,0 +1,507 @@
+"""The public and the admin port: dialect, streaming, departures, slow readers, errors."""
+
+import asyncio
+import logging
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+
+from control_plane.router import edge, http
+from control_plane.router.edge import Edge
+from control_plane.router.requests import Cancel
+from engine.base import limits
+from engine.base.errors import DataLoss, DeadlineExceeded, Internal, ResourceExhausted, TriptychError, Unavailable
+from engine.types import FinishReason
+from tests.control_plane.router.edge_fakes import STATS, Call, Router, answers, body, events, turns
+
+
+def text_of(chunks: list[dict[str, Any]]) -> str:
+    return "".join(choice["text"] for chunk in chunks for choice in chunk.get("choices", ()))
+
+
+# -- the dialect -------------------------------------------------------------------------------------------------------
+async def test_a_whole_answer_is_a_text_completion() -> None:
+    router = Router()
+    router.core.script = answers([5], [6], ending=FinishReason.LENGTH)
+    answer = await router.complete(model="tiny", max_tokens=2)
+    assert answer.status_code == 200
+    assert answer.json() == {
+        "id": "cmpl-id1",
+        "object": "text_completion",
+        "created": 1_700_000_000,
+        "model": "tiny",
+        "choices": [{"index": 0, "text": " 5 6", "logprobs": None, "finish_reason": "length", "stop_reason": None}],
+        "usage": {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5},
+        "triptych": {
+            "prefill_worker": "p1",
+            "decode_worker": "d1",
+            "encode_workers": [],
+            "codec": "raw",
+            "kv_bytes_raw": 4_000,
+            "kv_bytes_wire": 1_000,
+            "attempts": 1,
+            "phase_ms": {"queue": 1.0, "prefill": 2.0},
+        },
+    }
+    assert router.edge.in_flight == 0
+
+
+async def test_streamed_text_is_the_whole_text() -> None:
+    router = Router()
+    router.core.script = answers([5], [6, 7], [8])
+    whole = (await router.complete()).json()["choices"][0]["text"]
+    streamed = await router.complete(stream=True)
+    assert streamed.headers["content-type"].startswith("text/event-stream")
+    assert text_of(events(streamed.content)) == whole == " 5 6 7 8"
+
+
+async def test_no_event_precedes_the_first_token_and_only_the_last_has_a_reason() -> None:
+    router = Router()
+    router.core.script = answers([5], [6], [7])
+    chunks = events((await router.complete(stream=True)).content)
+    reasons = [chunk["choices"][0]["finish_reason"] for chunk in chunks]
+    assert chunks[0]["choices"][0]["text"] == " 5"
+    assert reasons == [None] * (len(chunks) - 1) + ["stop"]
+    assert "triptych" in chunks[-1] and all("triptych" not in chunk for chunk in chunks[:-1])
+    assert all(chunk["usage"] is None for chunk in chunks)
+
+
+async def test_usage_comes_last_when_asked_for() -> None:
+    router = Router()
+    router.core.script = answers([5], [6])
+    chunks = events((await router.complete(stream=True, stream_options={"include_usage": True})).content)
+    assert chunks[-1]["choices"] == []
+    assert chunks[-1]["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    assert chunks[-1]["triptych"]["prefill_worker"] == "p1"
+    assert chunks[-2]["choices"][0]["finish_reason"] == "stop" and "triptych" not in chunks[-2]
+    assert [chunk["usage"] for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+
+
+async def test_continuous_usage_counts_in_every_chunk() -> None:
+    router = Router()
+    router.core.script = answers([5], [6])
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = events((await router.complete(stream=True, stream_options=options)).content)
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == sorted(counts) and counts[0] == 1 and counts[-1] == 2
+
+
+async def test_a_stop_token_of_the_clients_is_the_reason_but_not_in_the_text() -> None:
+    router = Router()
+    router.core.script = answers([5], [42])
+    choice = (await router.complete(stop_token_ids=[42])).json()["choices"][0]
+    assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == (" 5", "stop", 42)
+
+
+async def test_the_models_end_of_sequence_has_no_text_unless_it_is_ignored() -> None:
+    router = Router()
+    router.core.script = answers([5, 999])
+    assert (await router.complete()).json()["choices"][0]["text"] == " 5"
+    assert (await router.complete(ignore_eos=True)).json()["choices"][0]["text"] == " 5 999"
+
+
+async def test_what_reaches_the_core_is_what_the_client_asked() -> None:
+    router = Router()
+    router.core.script = answers([5])
+    await router.complete(
+        prompt=[[9, 8]], temperature=0, top_p=0.5, seed=3, max_tokens=4, ignore_eos=True, triptych={"deadline_ms": 250}
+    )
+    await router.complete(prompt="\x07")
+    asked, default = router.core.submits
+    assert asked.token_ids == (9, 8) and asked.deadline_ms == 250
+    assert (asked.sampling.temperature, asked.sampling.top_p, asked.sampling.seed) == (0.0, 0.5, 3)
+    assert (asked.sampling.max_tokens, asked.sampling.ignore_eos) == (4, True)
+    assert default.token_ids == (7,) and default.deadline_ms == limits.REQUEST_DEADLINE_MS
+    assert (default.sampling.max_tokens, default.sampling.seed, default.sampling.temperature) == (16, 77, 1.0)
+    assert asked.key != default.key
+
+
+@pytest.mark.parametrize(
+    ("sent", "echoed"),
+    [("abc-1", "abc-1"), ("a b\tc", "a_b_c"), ("x" * 500, "x" * 128), ("\x1b[31m", "__31m"), ("", "id1")],
+)
+async def test_request_ids_are_labels_made_harmless(sent: str, echoed: str) -> None:
+    router = Router()
+    router.core.script = answers([5])
+    call = Call(router.app, body(), [(b"x-request-id", sent.encode())])
+    await call.task
+    assert dict(call.sent[0]["headers"])[b"x-request-id"].decode() == echoed
+
+
+async def test_one_label_used_twice_names_two_requests() -> None:
+    router = Router()
+    router.core.script = answers([5])
+    same = {"x-request-id": "twin"}
+    first = await router.request("POST", "/v1/completions", json={"prompt": [1]}, headers=same)
+    second = await router.request("POST", "/v1/completions", json={"prompt": [1]}, headers=same)
+    assert first.headers["x-request-id"] == second.headers["x-request-id"] == "twin"
+    assert first.json()["id"] != second.json()["id"]
+
+
+# -- endings -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("error", "status", "kind", "retry"),
+    [
+        (ResourceExhausted("full", retry_after_ms=2_500), 429, "RateLimitError", "3"),
+        (Unavailable("no decode worker"), 503, "ServiceUnavailableError", "1"),
+        (DeadlineExceeded("too late"), 504, "GatewayTimeoutError", None),
+        (DataLoss("corrupt"), 502, "BadGatewayError", None),
+    ],
+)
+async def test_a_failure_before_the_first_token_is_a_plain_http_error(
+    error: TriptychError, status: int, kind: str, retry: str | None, stream: bool
+) -> None:
+    router = Router()
+    router.core.script = answers(ending=error)
+    answer = await router.complete(stream=stream)
+    assert answer.status_code == status
+    assert answer.headers.get("retry-after") == retry
+    assert answer.json() == {"error": {"message": error.message, "type": kind, "param": None, "code": status}}
+
+
+async def test_a_failure_in_mid_stream_is_an_error_event_and_then_done() -> None:
+    router = Router()
+    router.core.script = answers([5], ending=Unavailable("no decode worker"))
+    chunks = events((await router.complete(stream=True)).content)
+    assert text_of(chunks) == " 5"
+    assert chunks[-1]["error"]["code"] == 503
+    assert all(choice["finish_reason"] is None for chunk in chunks[:-1] for choice in chunk["choices"])
+
+
+async def test_our_own_bugs_do_not_describe_themselves() -> None:
+    router = Router()
+    router.core.script = answers(ending=Internal("secret path"))
+    answer = await router.complete()
+    assert answer.status_code == 500 and "secret" not in answer.text
+
+
+async def test_a_token_that_cannot_be_decoded_fails_its_own_request_only(caplog: pytest.LogCaptureFixture) -> None:
+    router = Router()
+    router.core.script = answers([123_456])
+    assert (await router.complete()).status_code == 500
+    assert "bug in the edge" in caplog.text
+    await turns()
+    assert router.edge.in_flight == 0
+    router.core.script = answers([5])
+    assert (await router.complete()).status_code == 200
+
+
+async def test_more_than_the_limit_is_refused_and_an_ending_makes_room() -> None:
+    router = Router(edge_config=edge.Config(requests_max=1))
+    first = Call(router.app, body())
+    await turns()
+    refused = await router.complete()
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+    assert len(router.core.submits) == 1
+    router.core.tokens(1, 5)
+    router.core.end(1)
+    await first.task
+    router.core.script = answers([5])
+    assert (await router.complete()).status_code == 200
+
+
+# -- departures --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("tokens_before", [0, 1, 3])
+async def test_a_departure_cancels_exactly_once(stream: bool, tokens_before: int) -> None:
+    router = Router()
+    call = Call(router.app, body(stream=stream))
+    await turns()
+    for token in range(tokens_before):
+        router.core.tokens(1, token)
+        await turns()
+    call.disconnect()
+    await call.task
+    await turns()
+    assert router.core.cancels == [Cancel(1)]
+    assert router.edge.in_flight == 0
+    assert router.sample("triptych_requests_total", outcome="cancelled") == 1
+
+
+async def test_late_tokens_of_a_departed_client_go_nowhere() -> None:
+    router = Router()
+    call = Call(router.app, body())
+    await turns()
+    call.disconnect()
+    await turns(2)
+    router.core.tokens(1, 5)
+    await call.task
+    assert router.core.cancels == [Cancel(1)]
+
+
+async def test_a_departure_after_the_end_cancels_nothing() -> None:
+    router = Router()
+    router.core.script = answers([5])
+    call = Call(router.app, body())
+    await call.task
+    call.disconnect()
+    await turns()
+    assert router.core.cancels == []
+
+
+async def test_a_cancelled_handler_frees_its_request() -> None:
+    router = Router()
+    call = Call(router.app, body())
+    await turns()
+    call.task.cancel()
+    await asyncio.gather(call.task, return_exceptions=True)
+    await turns()
+    assert router.core.cancels == [Cancel(1)] and router.edge.in_flight == 0
+
+
+async def test_a_client_that_leaves_before_its_body_is_whole_submits_nothing() -> None:
+    router = Router()
+    messages = [{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}]
+    sent: list[Any] = []
+    await ask_with(router, messages, sent)
+    assert sent == [] and router.core.delivered == []
+
+
+async def test_a_client_that_does_not_read_is_dropped_and_others_are_not() -> None:
+    router = Router(edge_config=edge.Config(unread_tokens_max=8))
+    slow, quick = Call(router.app, body()), Call(router.app, body())
+    await turns()
+    slow.reading.clear()
+    for token in range(12):
+        router.core.tokens(1, token)
+        router.core.tokens(2, token)
+        await turns(3)
+    assert await asyncio.wait_for(slow.task, timeout=5) is None  # interrupted inside its send
+    await turns()
+    assert router.core.cancels == [Cancel(1)]
+    assert router.sample("triptych_slow_readers_total") == 1
+    router.core.end(2)
+    await quick.task
+    assert text_of(events(quick.body)) == "".join(f" {token}" for token in range(12))
+
+
+async def test_the_core_is_never_called_from_inside_its_own_output() -> None:
+    router = Router(edge_config=edge.Config(unread_tokens_max=2))
+    call = Call(router.app, body())
+    await turns()
+    call.reading.clear()
+    before = len(router.core.delivered)
+    for token in range(8):
+        router.core.tokens(1, token)  # no turn of the loop between these: nothing else can run
+        assert len(router.core.delivered) == before
+    await call.task
+    await turns()
+    assert router.core.cancels == [Cancel(1)]
+
+
+async def test_abort_by_id_ends_the_request_and_unknown_ids_are_nothing() -> None:
+    router = Router()
+    call = Call(router.app, body())
+    await turns()
+    router.edge.abort("nobody")
+    assert router.core.cancels == []
+    router.edge.abort("id1")
+    router.edge.abort("id1")
+    await call.task
+    await turns()
+    assert router.core.cancels == [Cancel(1)]
+    assert call.sent[0]["status"] == 499
+
+
+async def test_a_cancellation_storm_leaves_nothing() -> None:
+    router = Router()
+    calls = [Call(router.app, body(stream=index % 2 == 0)) for index in range(100)]
+    await turns()
+    for index, call in enumerate(calls):
+        if index % 3:
+            router.core.tokens(index + 1, 5)
+        call.disconnect()
+        if index % 5 == 0:
+            call.disconnect()
+    await asyncio.gather(*(call.task for call in calls))
+    await turns()
+    assert sorted(cancel.key for cancel in router.core.cancels) == list(range(1, 101))
+    assert router.edge.in_flight == 0
+
+
+# -- bodies ------------------------------------------------------------------------------------------------------------
+async def ask_with(router: Router, messages: list[dict[str, Any]], sent: list[Any]) -> None:
+    inbox = iter(messages)
+
+    async def receive() -> dict[str, Any]:
+        return next(inbox)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
+    await router.app(scope, receive, send)
+
+
+async def test_an_oversized_body_is_refused_while_it_arrives() -> None:
+    router = Router(http_config=http.Config(body_bytes_max=100))
+    taken = 0
+
+    async def receive() -> dict[str, Any]:
+        nonlocal taken
+        taken += 1
+        return {"type": "http.request", "body": b"x" * 60, "more_body": True}  # never ends
+
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
+    await router.app(scope, receive, send)
+    error = msgspec.json.decode(sent[1]["body"])["error"]
+    assert taken == 2 and sent[0]["status"] == 413
+    assert (error["param"], error["message"]) == ("body", "body: at most 100 bytes")
+    assert (b"connection", b"close") in sent[0]["headers"]
+
+
+async def test_a_body_that_never_arrives_is_given_up() -> None:
+    router = Router(http_config=http.Config(body_read_ms=1))
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
+    await router.app(scope, receive, send)
+    assert sent[0]["status"] == 408
+
+
+async def test_a_body_in_pieces_is_one_body() -> None:
+    router = Router()
+    router.core.script = answers([5])
+    whole = body(stream=False)
+    messages = [{"type": "http.request", "body": whole[i : i + 1], "more_body": True} for i in range(len(whole))]
+    messages.append({"type": "http.request", "body": b"", "more_body": False})
+    sent: list[Any] = []
+    inbox = iter(messages)
+
+    async def receive() -> dict[str, Any]:
+        message = next(inbox, None)
+        if message is None:
+            await asyncio.Event().wait()
+            raise AssertionError
+        return message
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
+    await router.app(scope, receive, send)
+    assert sent[0]["status"] == 200
+
+
+# -- the small endpoints -----------------------------------------------------------------------------------------------
+async def test_the_models_list_names_the_model_and_its_length() -> None:
+    answer = (await Router().request("GET", "/v1/models")).json()
+    assert answer["object"] == "list"
+    assert [(model["id"], model["object"], model["max_model_len"]) for model in answer["data"]] == [
+        ("tiny", "model", 64)
+    ]
+
+
+async def test_health_is_empty_and_readiness_follows_the_core() -> None:
+    router = Router()
+    health = await router.request("GET", "/health")
+    assert (health.status_code, health.content) == (200, b"")
+    assert (await router.request("GET", "/ready")).status_code == 200
+    router.state.ready = False
+    not_ready = await router.request("GET", "/ready")
+    assert (not_ready.status_code, not_ready.headers["retry-after"]) == (503, "1")
+    assert (await router.request("GET", "/health")).status_code == 200
+
+
+async def test_version_is_the_configured_one() -> None:
+    router = Router(http_config=http.Config(version="1.2.3"))
+    assert (await router.request("GET", "/version")).json() == {"version": "1.2.3"}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "kind"),
+    [
+        ("GET", "/v1/nothing", 404, "NotFoundError"),
+        ("GET", "/v1/completions", 405, "MethodNotAllowedError"),
+        ("POST", "/v1/models", 405, "MethodNotAllowedError"),
+        ("GET", "/admin/v1/workers", 404, "NotFoundError"),
+        ("POST", "/v1/completions/", 404, "NotFoundError"),
+    ],
+)
+async def test_wrong_paths_and_methods_have_the_same_error_shape(
+    method: str, path: str, status: int, kind: str
+) -> None:
+    answer = await Router().request(method, path)
+    assert answer.status_code == status
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert (error["type"], error["code"]) == (kind, status)
+
+
+async def test_the_admin_port_lists_workers_and_serves_no_completions() -> None:
+    router = Router()
+    answer = await router.request("GET", "/admin/v1/workers", admin=True)
+    worker = answer.json()["workers"][0]
+    assert (worker["id"], worker["roles"], worker["epoch"], worker["state"]) == ("w1", ["prefill"], 3, "SERVING")
+    assert (await router.request("POST", "/v1/completions", admin=True, json={})).status_code == 404
+    for path in ("/health", "/ready", "/metrics"):
+        assert (await router.request("GET", path, admin=True)).status_code == 200
+
+
+# -- logs --------------------------------------------------------------------------------------------------------------
+async def test_each_request_is_one_line_and_no_prompt_is_in_it(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    router = Router()
+    router.core.script = answers([5], [6])
+    router.now_us = 1_000
+    await router.complete(prompt="my secret", user="alice")
+    await router.complete(prompt="my secret", temperature="hot")
+    lines = [record.getMessage() for record in caplog.records if record.name == "triptych.router"]
+    served, refused = (line for line in lines if line.startswith("request "))
+    assert served.startswith("request id=id1 label= status=stop prompt_tokens=9 output_tokens=2 ")
+    assert "prefill=p1 decode=d1 codec=raw kv_bytes_raw=4000 kv_bytes_wire=1000" in served
+    assert refused == "request refused status=invalid_argument field=temperature label="
+    assert "secret" not in caplog.text and "alice" not in caplog.text and "hot" not in caplog.text
+
+
+async def test_forged_log_lines_stay_inside_their_field(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    router = Router()
+    router.core.script = answers([5])
+    call = Call(router.app, body(), [(b"x-request-id", b"a status=stop\r\nrequest id=forged")])
+    await call.task
+    lines = [record.getMessage() for record in caplog.records if record.name == "triptych.router"]
+    assert len(lines) == 1 and "\n" not in lines[0] and lines[0].count(" status=") == 1
+
+
+async def test_times_run_from_submit() -> None:
+    router = Router()
+    call = Call(router.app, body())
+    await turns()
+    for at_us, token in ((10_000, 5), (30_000, 6), (50_000, 7)):
+        router.now_us = at_us
+        router.core.tokens(1, token)
+    router.now_us = 60_000
+    router.core.end(1)
+    await call.task
+    assert router.sample("triptych_time_to_first_token_seconds_sum") == pytest.approx(0.010)
+    assert router.sample("triptych_time_to_second_token_seconds_sum") == pytest.approx(0.030)
+    assert router.sample("triptych_time_per_output_token_seconds_sum") == pytest.approx(0.020)
+    assert router.sample("triptych_request_duration_seconds_sum") == pytest.approx(0.060)
+    assert router.sample("triptych_kv_transfer_bytes_total", codec="raw", stage="wire") == STATS.kv_bytes_wire
+
+
+def test_the_edge_needs_no_event_loop_to_exist() -> None:
+    assert isinstance(Router().edge, Edge)
+
+
+async def test_httpx_sees_a_well_formed_response() -> None:
+    router = Router()
+    router.core.script = answers([5])
+    answer: httpx.Response = await router.complete()
+    assert answer.headers["content-length"] == str(len(answer.content))

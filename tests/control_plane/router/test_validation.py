@@ -1,0 +1,343 @@
+"""Every bad value is refused with the field's name and a fixed text; every neutral one passes."""
+
+import json
+import logging
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from control_plane.router import validation
+from control_plane.router.validation import NOT_SERVED, Validator, decode_body_untrusted
+from control_plane.router.vocabulary import ModelCard, OracleVocabulary
+from engine.base import limits
+from engine.base.errors import FrameError, InvalidArgument, NotFound, ResourceExhausted
+from engine.types import SamplingParams
+from tests.control_plane.router.edge_fakes import CARD, Router
+
+BIG = 1 << 63
+
+BAD_FIELDS: list[tuple[dict[str, Any], int, str]] = [
+    # prompt
+    ({"prompt": None}, 400, "prompt"),
+    ({"prompt": ""}, 400, "prompt"),
+    ({"prompt": []}, 400, "prompt"),
+    ({"prompt": [[]]}, 400, "prompt"),
+    ({"prompt": [""]}, 400, "prompt"),
+    ({"prompt": 7}, 400, "prompt"),
+    ({"prompt": True}, 400, "prompt"),
+    ({"prompt": {"text": "a"}}, 400, "prompt"),
+    ({"prompt": ["a", "b"]}, 400, "prompt"),
+    ({"prompt": [[1], [2]]}, 400, "prompt"),
+    ({"prompt": ["a", 1]}, 400, "prompt"),
+    ({"prompt": [1, "a"]}, 400, "prompt"),
+    ({"prompt": [1, [2]]}, 400, "prompt"),
+    ({"prompt": [[[1]]]}, 400, "prompt"),
+    ({"prompt": [None]}, 400, "prompt"),
+    ({"prompt": [True]}, 400, "prompt"),
+    ({"prompt": [1, False]}, 400, "prompt"),
+    ({"prompt": [1.0]}, 400, "prompt"),
+    ({"prompt": [-1]}, 400, "prompt"),
+    ({"prompt": [1_000]}, 400, "prompt"),
+    ({"prompt": [BIG]}, 400, "prompt"),
+    ({"prompt": [1] * 64}, 400, "prompt"),
+    ({"prompt": "x" * 64}, 400, "prompt"),
+    ({"prompt": "x" * 100_000}, 400, "prompt"),
+    # model
+    ({"model": "other"}, 404, "model"),
+    ({"model": 7}, 400, "model"),
+    ({"model": ["tiny"]}, 400, "model"),
+    # max_tokens
+    ({"max_tokens": -1}, 400, "max_tokens"),
+    ({"max_tokens": 1.5}, 400, "max_tokens"),
+    ({"max_tokens": 1.0}, 400, "max_tokens"),
+    ({"max_tokens": "16"}, 400, "max_tokens"),
+    ({"max_tokens": True}, 400, "max_tokens"),
+    ({"max_tokens": [1]}, 400, "max_tokens"),
+    ({"max_tokens": 62}, 400, "max_tokens"),
+    ({"max_tokens": 1 << 31}, 400, "max_tokens"),
+    ({"max_tokens": BIG}, 400, "max_tokens"),
+    # temperature, top_p
+    ({"temperature": -0.1}, 400, "temperature"),
+    ({"temperature": 100.1}, 400, "temperature"),
+    ({"temperature": 1e308}, 400, "temperature"),
+    ({"temperature": "1"}, 400, "temperature"),
+    ({"temperature": True}, 400, "temperature"),
+    ({"temperature": [1]}, 400, "temperature"),
+    ({"temperature": {}}, 400, "temperature"),
+    ({"top_p": 0}, 400, "top_p"),
+    ({"top_p": -0.0}, 400, "top_p"),
+    ({"top_p": 1.0001}, 400, "top_p"),
+    ({"top_p": -1}, 400, "top_p"),
+    ({"top_p": "0.5"}, 400, "top_p"),
+    ({"top_p": False}, 400, "top_p"),
+    # seed
+    ({"seed": -1}, 400, "seed"),
+    ({"seed": 1.0}, 400, "seed"),
+    ({"seed": "1"}, 400, "seed"),
+    ({"seed": True}, 400, "seed"),
+    ({"seed": BIG}, 400, "seed"),
+    # stop tokens
+    ({"stop_token_ids": 5}, 400, "stop_token_ids"),
+    ({"stop_token_ids": "5"}, 400, "stop_token_ids"),
+    ({"stop_token_ids": [-1]}, 400, "stop_token_ids"),
+    ({"stop_token_ids": [1_000]}, 400, "stop_token_ids"),
+    ({"stop_token_ids": [1.0]}, 400, "stop_token_ids"),
+    ({"stop_token_ids": [True]}, 400, "stop_token_ids"),
+    ({"stop_token_ids": [[1]]}, 400, "stop_token_ids"),
+    ({"stop_token_ids": [1] * 65}, 400, "stop_token_ids"),
+    # switches
+    ({"ignore_eos": 1}, 400, "ignore_eos"),
+    ({"ignore_eos": "true"}, 400, "ignore_eos"),
+    ({"stream": 1}, 400, "stream"),
+    ({"stream": "yes"}, 400, "stream"),
+    ({"stream_options": {"include_usage": True}}, 400, "stream_options"),
+    ({"stream": False, "stream_options": {"include_usage": True}}, 400, "stream_options"),
+    ({"stream": True, "stream_options": []}, 400, "stream_options"),
+    ({"stream": True, "stream_options": {"include_usage": 1}}, 400, "stream_options.include_usage"),
+    (
+        {"stream": True, "stream_options": {"continuous_usage_stats": "no"}},
+        400,
+        "stream_options.continuous_usage_stats",
+    ),
+    # our own object
+    ({"triptych": []}, 400, "triptych"),
+    ({"triptych": "raw"}, 400, "triptych"),
+    ({"triptych": {"codecs": "raw"}}, 400, "triptych.codecs"),
+    ({"triptych": {"zzz": 1}}, 400, "triptych.zzz"),
+    ({"triptych": {"codec": "zip"}}, 400, "triptych.codec"),
+    ({"triptych": {"codec": 1}}, 400, "triptych.codec"),
+    ({"triptych": {"codec": ["raw"]}}, 400, "triptych.codec"),
+    ({"triptych": {"deadline_ms": 0}}, 400, "triptych.deadline_ms"),
+    ({"triptych": {"deadline_ms": 600_001}}, 400, "triptych.deadline_ms"),
+    ({"triptych": {"deadline_ms": 1.5}}, 400, "triptych.deadline_ms"),
+    ({"triptych": {"deadline_ms": True}}, 400, "triptych.deadline_ms"),
+    # known, and would change the answer
+    ({"n": 2}, 400, "n"),
+    ({"n": True}, 400, "n"),
+    ({"n": 10**6}, 400, "n"),
+    ({"best_of": 2}, 400, "best_of"),
+    ({"echo": True}, 400, "echo"),
+    ({"echo": 0}, 400, "echo"),
+    ({"logprobs": 0}, 400, "logprobs"),
+    ({"logprobs": 5}, 400, "logprobs"),
+    ({"logprobs": -2}, 400, "logprobs"),
+    ({"prompt_logprobs": 1}, 400, "prompt_logprobs"),
+    ({"suffix": "x"}, 400, "suffix"),
+    ({"stop": "x"}, 400, "stop"),
+    ({"stop": ["x"] * 100_000}, 400, "stop"),
+    ({"logit_bias": {"5": 100}}, 400, "logit_bias"),
+    ({"logit_bias": []}, 400, "logit_bias"),
+    ({"presence_penalty": 0.5}, 400, "presence_penalty"),
+    ({"presence_penalty": "0"}, 400, "presence_penalty"),
+    ({"frequency_penalty": -1e308}, 400, "frequency_penalty"),
+    ({"repetition_penalty": 1.1}, 400, "repetition_penalty"),
+    ({"top_k": -5}, 400, "top_k"),
+    ({"top_k": 50}, 400, "top_k"),
+    ({"min_p": 0.1}, 400, "min_p"),
+    ({"min_tokens": 1}, 400, "min_tokens"),
+    ({"use_beam_search": True}, 400, "use_beam_search"),
+    ({"skip_special_tokens": False}, 400, "skip_special_tokens"),
+    ({"add_special_tokens": False}, 400, "add_special_tokens"),
+    ({"truncate_prompt_tokens": 5}, 400, "truncate_prompt_tokens"),
+    ({"response_format": {"type": "json_object"}}, 400, "response_format"),
+    ({"tools": [{"type": "function"}]}, 400, "tools"),
+    ({"tool_choice": "required"}, 400, "tool_choice"),
+    ({"bad_words": ["x"]}, 400, "bad_words"),
+    ({"allowed_token_ids": [1]}, 400, "allowed_token_ids"),
+    ({"guided_regex": "(a+)+$"}, 400, "guided_regex"),
+    ({"cache_salt": "s"}, 400, "cache_salt"),
+    ({"prompt_embeds": "AAAA"}, 400, "prompt_embeds"),
+]
+
+BAD_BODIES: list[bytes] = [
+    b"",
+    b"{",
+    b"nonsense",
+    b"[]",
+    b'"text"',
+    b"7",
+    b"null",
+    b"{} {}",
+    b"\xef\xbb\xbf{}",
+    b'{"prompt": "\xff"}',
+    b'{"prompt": "\\ud800"}',
+    b'{"prompt": "\\udc00 x"}',
+    b'{"prompt": "\xed\xa0\x80"}',
+    b'{"prompt": "a", "temperature": NaN}',
+    b'{"prompt": "a", "temperature": Infinity}',
+    b'{"prompt": "a", "temperature": -Infinity}',
+    b'{"prompt": "a", "temperature": 1e400}',
+    b'{"prompt": "a", "seed": 1' + b"0" * 5_000 + b"}",
+    b'{"prompt": ' + b"[" * 100_000,
+    b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    b'{"a":' * 50_000,
+    b"{'prompt': 'a'}",
+    b"prompt=a",
+]
+
+
+def test_the_tables_are_as_long_as_promised() -> None:
+    assert len(BAD_FIELDS) + len(BAD_BODIES) >= 80
+
+
+@pytest.mark.parametrize(("fields", "status", "param"), BAD_FIELDS, ids=lambda value: str(value)[:50])
+async def test_bad_values_are_refused_by_name(fields: dict[str, Any], status: int, param: str) -> None:
+    router = Router()
+    answer = await router.complete(**fields)
+    router.validator.close()
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"], error["code"]) == (status, param, status)
+    assert error["message"].startswith(param.split(".")[0]) and len(error["message"]) < 250
+    assert router.core.delivered == [] and router.edge.in_flight == 0
+
+
+@pytest.mark.parametrize("body", BAD_BODIES, ids=lambda value: repr(value[:30]))
+async def test_bad_bodies_are_refused(body: bytes) -> None:
+    router = Router()
+    answer = await router.request("POST", "/v1/completions", content=body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "body")
+    assert router.core.delivered == []
+
+
+@pytest.mark.parametrize("name", sorted(NOT_SERVED))
+async def test_neutral_values_and_null_are_accepted(name: str) -> None:
+    router = Router()
+    for value in (None, *NOT_SERVED[name]):
+        assert (await router.validator.validate({"prompt": [1], name: value})).token_ids == (1,)
+
+
+async def test_null_means_the_default_everywhere() -> None:
+    router = Router()
+    names = validation.SERVED - {"prompt"}
+    request = await router.validator.validate({"prompt": [1], **dict.fromkeys(names)})
+    assert request == await router.validator.validate({"prompt": [1]})
+    assert request.sampling == SamplingParams(seed=77)
+
+
+@pytest.mark.parametrize("prompt", ["\x05", ["\x05"], [5], [[5]], " 5", [" 5"]])
+async def test_one_prompt_has_several_spellings(prompt: Any) -> None:
+    assert (await Router().validator.validate({"prompt": prompt})).token_ids == (5,)
+
+
+@pytest.mark.parametrize("text", ["\x00", "\ufeffa", "\u202eabc", "e\u0301" * 9, "😀", "a\r\nb"])
+async def test_odd_but_valid_text_is_a_prompt(text: str) -> None:
+    router = Router()
+    body = json.dumps({"prompt": text}).encode()
+    assert (await router.validator.completion(body)).token_ids == tuple(text.encode())
+
+
+async def test_the_longest_prompt_leaves_room_for_one_token() -> None:
+    router = Router()
+    request = await router.validator.validate({"prompt": [1] * 63})
+    assert request.sampling.max_tokens == 1  # the default shrinks
+    with pytest.raises(InvalidArgument, match="at most 64 tokens, got 63 \\+ 2"):
+        await router.validator.validate({"prompt": [1] * 63, "max_tokens": 2})
+    with pytest.raises(InvalidArgument, match="prompt: at most 63 tokens, got 64"):
+        await router.validator.validate({"prompt": [1] * 64})
+
+
+async def test_minus_zero_is_zero_and_integers_are_numbers() -> None:
+    request = await Router().validator.validate({"prompt": [1], "temperature": -0.0, "top_p": 1})
+    assert str(request.sampling.temperature) == "0.0" and request.sampling.greedy
+
+
+async def test_a_seed_is_drawn_only_when_none_is_given() -> None:
+    draws = iter([11, 12])
+    validator = make_validator(draw_seed=lambda: next(draws))
+    seeds = [(await validator.validate({"prompt": [1], **given})).sampling.seed for given in ({}, {"seed": 0}, {})]
+    assert seeds == [11, 0, 12]
+
+
+async def test_the_nearest_key_is_suggested_and_a_long_one_is_cut() -> None:
+    validator = make_validator()
+    with pytest.raises(InvalidArgument, match="did you mean 'deadline_ms'"):
+        await validator.validate({"prompt": [1], "triptych": {"deadline": 5}})
+    with pytest.raises(InvalidArgument) as raised:
+        await validator.validate({"prompt": [1], "triptych": {"x\n" * 100_000: 5}})
+    assert len(raised.value.message) < 250 and "\n" not in raised.value.message
+
+
+async def test_unknown_fields_are_accepted_counted_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    router = Router()
+    for _ in range(3):
+        fields = {"prompt": [1], "foo": "secret", "stream": True, "stream_options": {"bar": 1}, "evil\n": 0}
+        await router.validator.validate(fields)
+    assert router.sample("triptych_unknown_fields_total") == 9
+    messages = [record.getMessage() for record in caplog.records]
+    assert sorted(messages) == [
+        f"unknown request field accepted and ignored name={name!r}" for name in ("evil\n", "foo", "stream_options.bar")
+    ]
+    assert all("\n" not in message for message in messages)
+
+
+async def test_names_that_are_remembered_are_bounded() -> None:
+    counted: list[int] = []
+    unknown = validation.UnknownFields(counted.append, names_max=2)
+    unknown.note(f"field{index}" for index in range(1_000))
+    assert counted == [1_000] and len(unknown._logged) == 2
+
+
+async def test_long_prompts_are_encoded_off_the_loop_and_not_too_many_at_once() -> None:
+    config = validation.Config(inline_characters_max=2, encodes_waiting_max=0)
+    validator = make_validator(config=config)
+    assert (await validator.validate({"prompt": "ab"})).token_ids == (97, 98)
+    with pytest.raises(ResourceExhausted):
+        await validator.validate({"prompt": "abc"})
+    validator = make_validator(config=validation.Config(inline_characters_max=2))
+    assert (await validator.validate({"prompt": "abc"})).token_ids == (97, 98, 99)
+    validator.close()
+
+
+async def test_an_unknown_model_is_not_found_and_none_is_the_only_one() -> None:
+    validator = make_validator()
+    with pytest.raises(NotFound):
+        await validator.validate({"prompt": [1], "model": "gpt-4"})
+    assert await validator.validate({"prompt": [1], "model": "tiny"})
+
+
+async def test_a_codec_is_carried_only_if_it_is_one_of_ours() -> None:
+    request = await make_validator().validate({"prompt": [1], "triptych": {"codec": "raw", "deadline_ms": 9}})
+    assert (request.codec, request.deadline_ms) == ("raw", 9)
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_decode_or_raise_the_one_error(body: bytes) -> None:
+    try:
+        assert isinstance(decode_body_untrusted(body), dict)
+    except FrameError as error:
+        assert error.reason in validation.BODY_ERRORS
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(st.dictionaries(st.sampled_from(sorted(validation.KNOWN)), anything, max_size=5))
+async def test_any_values_validate_within_the_limits_or_are_refused(fields: dict[str, Any]) -> None:
+    validator = make_validator()
+    try:
+        request = await validator.validate({"prompt": [1], **fields})
+    except InvalidArgument as error:
+        assert error.field is not None
+        return
+    assert all(type(token) is int and 0 <= token < CARD.vocab_size for token in request.token_ids)
+    assert 0 < len(request.token_ids) + request.sampling.max_tokens <= CARD.max_model_len
+    assert 0 < request.deadline_ms <= limits.REQUEST_DEADLINE_MS_MAX
+
+
+def make_validator(
+    config: validation.Config | None = None, card: ModelCard = CARD, draw_seed: Any = lambda: 1
+) -> Validator:
+    return Validator(
+        config or validation.Config(),
+        card=card,
+        vocabulary=OracleVocabulary(card.vocab_size),
+        draw_seed=draw_seed,
+        count_unknown=lambda count: None,
+    )
