@@ -1,0 +1,247 @@
+"""A whole cluster on one machine: the launcher behind `triptych serve`, and what tests start real processes with.
+
+    launcher --starts--> controller, workers (on cores of their own), router
+             --watches-> a process that dies is started again, after a pause and not for ever
+             --ends----> router first (it drains), then workers, then controller
+
+Every child holds one end of a pipe; when the launcher dies, however it dies, the pipe closes and the child ends. The
+launcher decides nothing about requests and is not needed for them.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import httpx
+
+from control_plane.lifecycle import LIFELINE_VARIABLE, Shutdown, configure_logging
+from control_plane.options import EngineOptions
+from deploy.cores import CoreShare, share_cores
+from deploy.options import ServeOptions, WorkerSpec
+
+log = logging.getLogger("triptych.serve")
+
+READY_TIMEOUT_S = 120.0
+POLL_S = 0.05
+RESTART_PAUSE_S = 0.5
+RESTARTS_MAX = 5  # of one process within RESTART_WINDOW_S: after that it is broken, not unlucky
+RESTART_WINDOW_S = 60.0
+KILL_AFTER_S = 5.0  # beyond the drain time-out: a process that ignores SIGTERM
+
+
+@dataclass(slots=True)
+class Child:
+    """One process of the cluster and how to start it again."""
+
+    name: str
+    arguments: Sequence[str]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    process: asyncio.subprocess.Process | None = None
+    started_s: deque[float] = field(default_factory=lambda: deque(maxlen=RESTARTS_MAX))
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None, f"{self.name} has not been started"
+        return self.process.pid
+
+    @property
+    def alive(self) -> bool:
+        return self.process is not None and self.process.returncode is None
+
+    @property
+    def broken(self) -> bool:
+        """Started as often as allowed, and all of it recently."""
+        full = len(self.started_s) == RESTARTS_MAX
+        return full and time.monotonic() - self.started_s[0] < RESTART_WINDOW_S
+
+    async def start(self) -> None:
+        self.started_s.append(time.monotonic())
+        self.process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "triptych", *self.arguments),
+            stdin=asyncio.subprocess.PIPE,
+            env={**os.environ, **self.environment, LIFELINE_VARIABLE: "1"},
+            start_new_session=True,  # Ctrl-C reaches the launcher alone, which ends the others in order
+        )
+
+    async def end(self, timeout_s: float) -> None:
+        """SIGTERM, and SIGKILL for one that does not listen. A stopped process is woken to hear it."""
+        if self.process is None or self.process.returncode is not None:
+            return
+        self.process.send_signal(signal.SIGTERM)
+        self.process.send_signal(signal.SIGCONT)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.process.wait()
+        except TimeoutError:
+            log.warning("killed: %s did not end in %.0f s", self.name, timeout_s)
+            self.process.kill()
+            await self.process.wait()
+
+
+class LocalCluster:
+    """The processes of one `ServeOptions`. `environments` adds variables to a child by name (tests arm failpoints)."""
+
+    def __init__(self, options: ServeOptions, *, environments: Mapping[str, Mapping[str, str]] | None = None) -> None:
+        self.options = options
+        self._environments = environments or {}
+        self._controller_address = f"127.0.0.1:{free_port()}"
+        self.controller = self._child("controller", ["controller", "--listen", self._controller_address])
+        shares = share_cores(sorted(os.sched_getaffinity(0)), options.workers)
+        self.workers = [self._worker(spec, share) for spec, share in zip(options.workers, shares, strict=True)]
+        self.router = self._child("router", self._router_arguments())
+        self._watchers: list[asyncio.Task[None]] = []
+        self.failed = asyncio.Event()
+
+    @property
+    def children(self) -> list[Child]:
+        return [self.controller, *self.workers, self.router]
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.options.host}:{self.options.port}"
+
+    @property
+    def admin_url(self) -> str:
+        return f"http://{self.options.host}:{self.options.admin_port}"
+
+    def child(self, name: str) -> Child:
+        return next(child for child in self.children if child.name == name)
+
+    # -- what to run ---------------------------------------------------------------------------------------------------
+    def _child(self, name: str, arguments: Sequence[str]) -> Child:
+        level = ["--log-level", self.options.log_level.value]
+        return Child(name, [*arguments, *level], self._environments.get(name, {}))
+
+    def _worker(self, spec: WorkerSpec, share: CoreShare) -> Child:
+        roles = [argument for role in sorted(spec.roles) for argument in ("--role", role.value)]
+        arguments = [
+            *("worker", "--name", spec.name, "--controller", self._controller_address, *roles),
+            *("--cores", ",".join(map(str, share.engine_cores)), "--threads", str(share.threads)),
+            *("--drain-timeout-s", str(self.options.drain_timeout_s)),
+            *engine_arguments(self.options.engine),
+        ]
+        return self._child(spec.name, arguments)
+
+    def _router_arguments(self) -> list[str]:
+        options = self.options
+        return [
+            *("router", "--controller", self._controller_address, "--host", options.host),
+            *("--port", str(options.port), "--admin-port", str(options.admin_port)),
+            *("--grpc-port", str(options.grpc_port), "--drain-timeout-s", str(options.drain_timeout_s)),
+            *engine_arguments(options.engine),
+        ]
+
+    # -- lifetime ------------------------------------------------------------------------------------------------------
+    async def start(self, *, restart: bool = True) -> None:
+        """Start everything at once: workers, router and controller find each other in any order."""
+        for child in self.children:
+            await child.start()
+            self._watchers.append(asyncio.create_task(self._watch(child, restart=restart)))
+
+    async def wait_ready(self, timeout_s: float = READY_TIMEOUT_S) -> None:
+        """Until `GET /ready` says that a request would succeed. Raises TimeoutError, or RuntimeError on a failure."""
+        async with asyncio.timeout(timeout_s), httpx.AsyncClient() as client:
+            while not await self._is_ready(client):
+                if self.failed.is_set():
+                    raise RuntimeError("a process of the cluster cannot be started")
+                await asyncio.sleep(POLL_S)
+
+    async def _is_ready(self, client: httpx.AsyncClient) -> bool:
+        try:
+            return (await client.get(f"{self.url}/ready")).status_code == httpx.codes.OK
+        except httpx.TransportError:
+            return False
+
+    async def _watch(self, child: Child, *, restart: bool) -> None:
+        """The owner of a child's restarts."""
+        while True:
+            assert child.process is not None
+            status = await child.process.wait()
+            log.warning("ended: %s status=%d", child.name, status)
+            if not restart:
+                return
+            if child.broken:
+                log.error("given up: %s ended %d times within %.0f s", child.name, RESTARTS_MAX, RESTART_WINDOW_S)
+                self.failed.set()
+                return
+            await asyncio.sleep(RESTART_PAUSE_S)
+            await child.start()
+
+    async def stop(self) -> None:
+        """The router drains what it has accepted; only then do the workers go."""
+        for watcher in self._watchers:
+            watcher.cancel()
+        await asyncio.gather(*self._watchers, return_exceptions=True)
+        timeout_s = self.options.drain_timeout_s + KILL_AFTER_S
+        await self.router.end(timeout_s)
+        await asyncio.gather(*(worker.end(timeout_s) for worker in self.workers))
+        await self.controller.end(KILL_AFTER_S)
+
+
+def engine_arguments(engine: EngineOptions) -> list[str]:
+    """The flags that give a child these very options."""
+    values = {
+        "--model": engine.model,
+        "--executor": engine.executor.value,
+        "--dtype": engine.dtype.value,
+        "--block-size": engine.block_size,
+        "--max-model-len": engine.max_model_len,
+        "--kv-cache-mib": engine.kv_cache_mib,
+        "--codec": engine.codec,
+        "--layers-per-group": engine.layers_per_group,
+        "--step-tokens": engine.step_tokens,
+    }
+    return [text for flag, value in values.items() if value is not None for text in (flag, str(value))]
+
+
+def free_port() -> int:
+    """A port nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def serve(options: ServeOptions) -> int:
+    """`triptych serve`: run until told to end; the exit status."""
+    configure_logging("serve", options.log_level)
+    return asyncio.run(_serve(options))
+
+
+async def _serve(options: ServeOptions) -> int:
+    shutdown = Shutdown()
+    shutdown.install()
+    cluster = LocalCluster(options)
+    started_s = time.monotonic()
+    await cluster.start()
+    failed = asyncio.create_task(cluster.failed.wait())
+    asked = asyncio.create_task(shutdown.wait())
+    ready = asyncio.create_task(cluster.wait_ready())
+    try:
+        await asyncio.wait((ready, failed, asked), return_when=asyncio.FIRST_COMPLETED)
+        if ready.done() and ready.exception() is None:
+            _announce(cluster, time.monotonic() - started_s)
+            await asyncio.wait((failed, asked), return_when=asyncio.FIRST_COMPLETED)
+        elif not asked.done():
+            log.error("the cluster did not become ready")
+        return 0 if asked.done() else 1
+    finally:
+        for task in (failed, asked, ready):
+            task.cancel()
+        await asyncio.gather(failed, asked, ready, return_exceptions=True)
+        await cluster.stop()
+
+
+def _announce(cluster: LocalCluster, seconds: float) -> None:
+    print(
+        f"\nTriptych is ready after {seconds:.1f} s: {cluster.url}  (admin {cluster.admin_url})\n"
+        f"  curl {cluster.url}/v1/completions -H 'content-type: application/json' \\\n"
+        '    -d \'{"prompt": "The capital of France is", "max_tokens": 16, "temperature": 0}\'\n',
+        flush=True,
+    )

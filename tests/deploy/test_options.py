@@ -1,0 +1,45 @@
+"""deploy.options: a cluster that cannot work is refused before a process starts, naming the flag."""
+
+from typing import Any
+
+import pytest
+
+from control_plane.options import OptionError
+from deploy.options import ServeOptions
+from engine.types import Role
+
+
+def test_the_default_cluster_is_one_prefill_and_one_decode_worker() -> None:
+    assert [(worker.name, worker.roles) for worker in ServeOptions().workers] == [
+        ("prefill-0", {Role.PREFILL}),
+        ("decode-0", {Role.DECODE}),
+    ]
+
+
+def test_a_mixed_worker_alone_is_a_cluster() -> None:
+    (worker,) = ServeOptions(prefill=0, decode=0, mixed=1).workers
+    assert worker.roles == {Role.PREFILL, Role.DECODE}
+
+
+@pytest.mark.parametrize(
+    ("given", "option"),
+    [
+        ({"encode": 1}, "encode"),
+        ({"prefill": -1}, "prefill"),
+        ({"prefill": 0}, "prefill"),
+        ({"decode": 0}, "prefill"),
+        ({"prefill": 2_000}, "prefill"),
+        ({"port": 70_000}, "port"),
+        ({"port": 9_000, "admin_port": 9_000}, "admin-port"),
+        ({"drain_timeout_s": -1.0}, "drain-timeout-s"),
+        ({"drain_timeout_s": float("nan")}, "drain-timeout-s"),
+    ],
+)
+def test_serve_refuses(given: dict[str, Any], option: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        ServeOptions(**given)
+    assert caught.value.option == option
+
+
+def test_the_kernel_may_choose_every_port() -> None:
+    assert ServeOptions(port=0, admin_port=0, grpc_port=0).port == 0

@@ -1,0 +1,171 @@
+"""Real processes on loopback, driven over HTTP, checked against the oracle (rung L2).
+
+A test says which cluster it wants and what happens to whom; here live the clients that keep asking meanwhile, and the
+checks on what they were told. Nothing here sleeps for luck: every wait is for a condition, with a deadline.
+"""
+
+import asyncio
+import json
+import random
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from control_plane.options import EngineOptions, ExecutorKind, LogLevel
+from deploy.local import LocalCluster, free_port
+from deploy.options import ServeOptions
+from engine.executors.oracle import OracleExecutor, reference_tokens
+from engine.types import SamplingParams
+
+ORACLE = EngineOptions(model="oracle", executor=ExecutorKind.ORACLE, max_model_len=2_048, kv_cache_mib=8)
+REQUEST_TIMEOUT_S = 60.0
+QUIET_TIMEOUT_S = 20.0
+POLL_S = 0.1
+
+
+@asynccontextmanager
+async def cluster(
+    *,
+    engine: EngineOptions = ORACLE,
+    prefill: int = 1,
+    decode: int = 1,
+    mixed: int = 0,
+    restart: bool = False,
+    environments: Mapping[str, Mapping[str, str]] | None = None,
+    ready_timeout_s: float = 60.0,
+) -> AsyncIterator[LocalCluster]:
+    """A running cluster, ready, with ports of its own; ended whatever the test does."""
+    options = ServeOptions(
+        engine=engine,
+        port=free_port(),
+        admin_port=free_port(),
+        grpc_port=free_port(),
+        prefill=prefill,
+        decode=decode,
+        mixed=mixed,
+        drain_timeout_s=5.0,
+        log_level=LogLevel.WARNING,
+    )
+    running = LocalCluster(options, environments=environments)
+    await running.start(restart=restart)
+    try:
+        await running.wait_ready(ready_timeout_s)
+        yield running
+    finally:
+        await running.stop()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One request and the one right answer to it."""
+
+    token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    expected: tuple[int, ...]
+
+    def body(self) -> dict[str, Any]:
+        return {
+            "prompt": list(self.token_ids),
+            "max_tokens": self.sampling.max_tokens,
+            "temperature": self.sampling.temperature,
+            "seed": self.sampling.seed,
+            "stream": True,
+        }
+
+
+def oracle_prompt(
+    seed: int, *, prompt_tokens: tuple[int, int] = (1, 200), max_tokens: tuple[int, int] = (1, 40)
+) -> Prompt:
+    draw = random.Random(seed)
+    config = OracleExecutor.Config()
+    token_ids = tuple(draw.randrange(config.vocab_size) for _ in range(draw.randint(*prompt_tokens)))
+    temperature = draw.choice((0.0, 0.8))
+    sampling = SamplingParams(
+        temperature=temperature, seed=draw.randrange(1 << 32), max_tokens=draw.randint(*max_tokens)
+    )
+    expected = reference_tokens(token_ids, "", sampling, sampling.max_tokens, config)
+    return Prompt(token_ids=token_ids, sampling=sampling, expected=tuple(expected))
+
+
+@dataclass(slots=True)
+class Answer:
+    """What one client was told, whole or not."""
+
+    status: int = 0
+    text: str = ""
+    finish: str | None = None
+    error: dict[str, Any] | None = None
+    triptych: dict[str, Any] = field(default_factory=dict)
+    done: bool = False
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return tuple(int(word) for word in self.text.split())
+
+
+async def ask(client: httpx.AsyncClient, url: str, prompt: Prompt, *, leave_after_chunks: int | None = None) -> Answer:
+    """Stream one completion to its end, or leave in the middle of it."""
+    answer = Answer()
+    async with client.stream(
+        "POST", f"{url}/v1/completions", json=prompt.body(), timeout=REQUEST_TIMEOUT_S
+    ) as response:
+        answer.status = response.status_code
+        if response.status_code != httpx.codes.OK:
+            answer.error = json.loads(await response.aread())["error"]
+            return answer
+        chunks = 0
+        async for line in response.aiter_lines():
+            if leave_after_chunks is not None and chunks >= leave_after_chunks:
+                return answer
+            if line.startswith("data: "):
+                chunks += 1
+                _take(answer, line.removeprefix("data: "))
+    return answer
+
+
+def _take(answer: Answer, data: str) -> None:
+    if data == "[DONE]":
+        answer.done = True
+        return
+    chunk = json.loads(data)
+    answer.error = chunk.get("error", answer.error)
+    answer.triptych = chunk.get("triptych", answer.triptych)
+    for choice in chunk.get("choices", ()):
+        answer.text += choice["text"]
+        answer.finish = choice["finish_reason"] or answer.finish
+
+
+def verdict(prompt: Prompt, answer: Answer) -> str:
+    """ "right", "wrong", or why there is no whole answer."""
+    if answer.token_ids != prompt.expected[: len(answer.token_ids)]:
+        return "wrong"
+    if answer.error is not None:
+        return f"error {answer.status} {answer.error['type']}"
+    whole = answer.done and answer.finish is not None and answer.token_ids == prompt.expected
+    return "right" if whole else "cut off"
+
+
+async def workers(client: httpx.AsyncClient, running: LocalCluster) -> dict[str, dict[str, Any]]:
+    """`GET /admin/v1/workers` by name."""
+    response = await client.get(f"{running.admin_url}/admin/v1/workers")
+    return {worker["name"]: worker for worker in response.json()["workers"]}
+
+
+def holdings(worker: Mapping[str, Any]) -> dict[str, int]:
+    """What a worker still holds for anybody; all zero when quiet."""
+    names = ("attempts", "held", "lent_columns", "running", "waiting")
+    return {"owned": worker["total_columns"] - worker["free_columns"]} | {name: worker[name] for name in names}
+
+
+async def wait_quiet(client: httpx.AsyncClient, running: LocalCluster) -> dict[str, dict[str, Any]]:
+    """Until no connected worker holds anything; returns the last look, quiet or not."""
+    deadline_s = asyncio.get_running_loop().time() + QUIET_TIMEOUT_S
+    while True:
+        seen = {name: worker for name, worker in (await workers(client, running)).items() if worker["connected"]}
+        quiet = seen and not any(any(holdings(worker).values()) for worker in seen.values())
+        if quiet or asyncio.get_running_loop().time() > deadline_s:
+            return seen
+        await asyncio.sleep(POLL_S)

@@ -1,0 +1,83 @@
+"""A worker dies or freezes in each stage of a request, for real. With a survivor nobody notices; without one everybody
+is told (reliability A3-A9, A16; scorecard 4 and 5)."""
+
+import asyncio
+import itertools
+import signal
+from collections import Counter
+
+import httpx
+import pytest
+
+from deploy.local import LocalCluster
+from tests.procs.harness import Answer, Prompt, ask, cluster, oracle_prompt, verdict, wait_quiet
+
+CLIENTS = 8
+REQUESTS_PER_CLIENT = 12  # 9 stages x 2 signals x 96 = 1,728 requests
+STAGES = {
+    "prefill-0": ("prefill.queued", "prefill.near_turn", "prefill.computing", "prefill.streaming", "prefill.end_sent"),
+    "decode-0": ("decode.reserved", "decode.receiving", "decode.committed", "decode.decoding"),
+}
+FAULTS = [(victim, stage, fault) for victim in STAGES for stage in STAGES[victim] for fault in ("kill", "stop")]
+
+
+async def ask_all(running: LocalCluster, prompts: list[Prompt]) -> list[Answer]:
+    """All prompts over CLIENTS connections, each client one request after the other."""
+    answers: dict[int, Answer] = {}
+    numbers = itertools.count()
+
+    async def client_loop(client: httpx.AsyncClient) -> None:
+        while (number := next(numbers)) < len(prompts):
+            answers[number] = await ask(client, running.url, prompts[number])
+
+    async with httpx.AsyncClient() as client:
+        await asyncio.gather(*(client_loop(client) for _ in range(CLIENTS)))
+    return [answers[number] for number in range(len(prompts))]
+
+
+@pytest.mark.procs
+@pytest.mark.slow
+@pytest.mark.timeout(90)
+@pytest.mark.parametrize(("victim", "stage", "fault"), FAULTS)
+async def test_with_a_survivor_no_request_is_lost_or_wrong(victim: str, stage: str, fault: str) -> None:
+    armed = {victim: {"TRIPTYCH_FAILPOINTS": f"{stage}={fault}@7"}}
+    prompts = [oracle_prompt(seed) for seed in range(CLIENTS * REQUESTS_PER_CLIENT)]
+    async with cluster(prefill=2, decode=2, environments=armed) as running:
+        answers = await ask_all(running, prompts)
+        verdicts = Counter(verdict(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True))
+        moved = sum(answer.triptych["attempts"] > 1 for answer in answers)
+        print(f"{victim} {stage}={fault}: {dict(verdicts)}, {moved} requests placed more than once")
+        assert verdicts == {"right": len(prompts)}
+        assert moved, "the fault hit nobody: the failpoint was not reached"
+        async with httpx.AsyncClient() as client:
+            survivors = await wait_quiet(client, running)
+        assert victim not in survivors
+        assert not any(worker["attempts"] for worker in survivors.values())
+
+
+@pytest.mark.procs
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("victim", ["prefill-0", "decode-0"])
+async def test_without_a_survivor_everybody_gets_a_typed_error(victim: str) -> None:
+    stage = STAGES[victim][-1]
+    prompts = [oracle_prompt(seed, max_tokens=(8, 40)) for seed in range(CLIENTS * 2)]
+    armed = {victim: {"TRIPTYCH_FAILPOINTS": f"{stage}=kill@4"}}
+    async with cluster(environments=armed) as running:
+        answers = await ask_all(running, prompts)
+        verdicts = Counter(verdict(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True))
+        print(f"{victim} killed, alone: {dict(verdicts)}")
+        assert set(verdicts) <= {"right", "error 503 ServiceUnavailableError", "error 200 ServiceUnavailableError"}
+        assert verdicts["right"] < len(prompts)
+
+
+@pytest.mark.procs
+@pytest.mark.slow
+@pytest.mark.timeout(60)
+async def test_a_killed_worker_is_started_again_and_used() -> None:
+    async with cluster(restart=True) as running:
+        old_pid = running.child("decode-0").pid
+        running.child("decode-0").process.send_signal(signal.SIGKILL)  # type: ignore[union-attr]
+        prompts = [oracle_prompt(seed) for seed in range(CLIENTS)]
+        answers = await ask_all(running, prompts)
+        assert [verdict(*pair) for pair in zip(prompts, answers, strict=True)] == ["right"] * len(prompts)
+        assert running.child("decode-0").pid != old_pid
