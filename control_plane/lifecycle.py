@@ -20,6 +20,8 @@ def configure_logging(process: str, level: str) -> None:
     """key=value lines on standard error; the process's name on each, because a launcher mixes them."""
     line = f"%(asctime)s.%(msecs)03d %(levelname)-7s {process} %(name)s: %(message)s"
     logging.basicConfig(stream=sys.stderr, level=level.upper(), format=line, datefmt="%H:%M:%S", force=True)
+    for chatty in ("httpx", "uvicorn"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)  # a line per probe says nothing
 
 
 class Shutdown:

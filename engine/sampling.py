@@ -44,9 +44,8 @@ def _draw(logits_V: torch.Tensor, params: SamplingParams, position: int, choice:
     probabilities_V = torch.softmax((logits_V - logits_V.max()) / params.temperature, dim=-1)
     tokens_M = nucleus(probabilities_V, params.top_p)
     cumulative_M = probabilities_V[tokens_M].cumsum(dim=0)
-    mass = float(cumulative_M[-1])
-    # Strictly below the mass, so that rounding cannot select a last candidate of probability zero.
-    target = min(uniform(params.seed, choice, position) * mass, math.nextafter(mass, 0.0))
+    # A uniform is at most 1 - 2**-53, so its product with the mass rounds to below the mass: some candidate exceeds it.
+    target = uniform(params.seed, choice, position) * float(cumulative_M[-1])
     return int(tokens_M[torch.searchsorted(cumulative_M, target, right=True)])
 
 

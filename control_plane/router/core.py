@@ -67,6 +67,8 @@ class RouterCore:
         self._queue: deque[LiveRequest] = deque()
         self._queued_tokens = 0
         self._seeking: dict[int, LiveRequest] = {}  # in QUEUED or RESERVING: those that a timer may have to move
+        self._absent_until_us: dict[Role, int] = {}  # roles that no worker holds now: when waiting for one ends
+        self._given_up: set[Role] = set()  # absent for longer than that: a request that needs one fails at once
         self._deadlines: list[tuple[int, int]] = []  # heap of (deadline_us, request id); ended ones are skipped
         self._next_id = 1
         self._controller: Session | None = None
@@ -105,6 +107,7 @@ class RouterCore:
             case LinkLost(link, reason):
                 return self._on_link_lost(link, reason, now_us)
             case Started():
+                self._note_absences(now_us)
                 return self._dial_controller()
             case StopAdmitting():
                 self.admitting = False
@@ -118,7 +121,7 @@ class RouterCore:
         deadlines = [self._redial_controller_us, self._deadlines[0][0] if self._deadlines else None]
         deadlines += [worker.redial_us for worker in self.pool if worker.session is None]
         deadlines += [request.retry_us for request in self._seeking.values()]
-        deadlines += [self._gives_up_us(request) for request in self._seeking.values()]
+        deadlines += [until_us for role, until_us in self._absent_until_us.items() if role not in self._given_up]
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
     def _on_tick(self, now_us: int) -> list[object]:
@@ -131,34 +134,43 @@ class RouterCore:
             if request is not None:
                 error = DeadlineExceeded(f"deadline passed while {request.stage.value}")
                 actions += self._end(request, now_us, error=error)
+        actions += self._give_up(now_us)
         for request in list(self._seeking.values()):
-            actions += self._seek_again(request, now_us)
+            if request.retry_us is not None and request.retry_us <= now_us:
+                request.retry_us = None
+                request.refused.clear()
+                actions += self._choose_target(request, now_us)
         return actions
 
-    def _seek_again(self, request: LiveRequest, now_us: int) -> list[object]:
-        gives_up_us = self._gives_up_us(request)
-        if gives_up_us is not None and gives_up_us <= now_us:
-            return self._end(request, now_us, error=self._no_worker(request))
-        if request.retry_us is None or request.retry_us > now_us:
-            return []
-        request.retry_us = None
-        request.refused.clear()
-        return self._choose_target(request, now_us)
+    # -- roles that nobody holds ---------------------------------------------------------------------------------------
+    def _note_absences(self, now_us: int) -> None:
+        """Waiting for a worker of a role is bounded from the moment the role was lost. Full workers are load, not
+        absence: only a request's own deadline ends that wait."""
+        for role in (Role.PREFILL, Role.DECODE):
+            if self.pool.holding(role):
+                self._absent_until_us.pop(role, None)
+                self._given_up.discard(role)
+            else:
+                self._absent_until_us.setdefault(role, now_us + self.config.worker_wait_ms * 1_000)
 
-    def _gives_up_us(self, request: LiveRequest) -> int | None:
-        """When to stop waiting for a worker to appear. Full workers are load, not absence: only the deadline ends
-        that wait."""
-        if request.target is not None or self._candidates(request):
-            return None
-        return request.waiting_since_us + self.config.worker_wait_ms * 1_000
+    def _give_up(self, now_us: int) -> list[object]:
+        over = {role for role, until_us in self._absent_until_us.items() if until_us <= now_us} - self._given_up
+        self._given_up |= over
+        stranded = [(request, role) for request in self._requests.values() for role in over & self._lacks(request)]
+        return [
+            action
+            for request, role in stranded
+            if request.id in self._requests
+            for action in self._end(request, now_us, error=self._no_worker(role))
+        ]
 
-    def _candidates(self, request: LiveRequest) -> list[Worker]:
-        """Workers that could take the request's next step, were they not full."""
-        if request.source is None:
-            return self.pool.holding(Role.PREFILL)
-        source = self.pool.get(request.source.worker)
-        decoding = self.pool.holding(Role.DECODE)
-        return [w for w in decoding if source is not None and w.info.schema_digest == source.info.schema_digest]
+    @staticmethod
+    def _lacks(request: LiveRequest) -> set[Role]:
+        """Roles without which the request cannot go on from where it is."""
+        if request.stage is Stage.QUEUED:
+            return {Role.PREFILL, Role.DECODE} if request.needs_target else {Role.PREFILL}
+        seeks = request.stage in (Stage.PREFILL, Stage.RESERVING) and request.target is None
+        return {Role.DECODE} if seeks and request.needs_target else set()
 
     # -- the controller ------------------------------------------------------------------------------------------------
     def _dial_controller(self) -> list[object]:
@@ -206,6 +218,7 @@ class RouterCore:
         if worker.session is not None:
             self.counters["links_lost", reason] += 1
         worker.session = None
+        self._note_absences(now_us)
         worker.redial_us = now_us + limits.REDIAL_DELAY_MS * 1_000
         holders = self._at(worker.id)
         actions = [action for request in holders for action in self._on_holder_lost(request, worker, now_us)]
@@ -247,6 +260,7 @@ class RouterCore:
                 return self._on_tokens(worker, envelope.tokens, now_us)
             case "status":
                 self.pool.on_status(worker, envelope.status)
+                self._note_absences(now_us)
                 return []
             case "first_token":
                 return self._on_first_token(worker, envelope.first_token, now_us)
@@ -267,7 +281,7 @@ class RouterCore:
     # -- admission and the queue ---------------------------------------------------------------------------------------
     def _on_submit(self, submit: Submit, now_us: int) -> list[object]:
         deadline_ms = min(submit.deadline_ms or self.config.deadline_ms, limits.REQUEST_DEADLINE_MS_MAX)
-        request = LiveRequest(self._next_id, submit, now_us, now_us + deadline_ms * 1_000, waiting_since_us=now_us)
+        request = LiveRequest(self._next_id, submit, now_us, now_us + deadline_ms * 1_000)
         refusal = self._refusal(submit)
         if refusal is not None:
             self.counters["rejections", refusal.status.value] += 1
@@ -282,6 +296,8 @@ class RouterCore:
     def _refusal(self, submit: Submit) -> TriptychError | None:
         if not self.admitting:
             return Unavailable("shutting down", retry_after_ms=limits.RETRY_AFTER_MS)
+        for role in self._given_up:
+            return self._no_worker(role)
         if len(self._requests) >= self.config.requests_max:
             text = f"too many requests in flight (limit {self.config.requests_max})"
             return ResourceExhausted(text, retry_after_ms=limits.RETRY_AFTER_MS)
@@ -334,15 +350,14 @@ class RouterCore:
         if request is None or request.stage is not Stage.PREFILL:
             return []
         request.mark("near_turn", now_us)
-        if request.submit.sampling.max_tokens <= 1:
-            return []  # token 0 is all there will be: no target, no transfer
+        if not request.needs_target:
+            return []
         return self._seek_target(request, now_us)
 
     def _seek_target(self, request: LiveRequest, now_us: int) -> list[object]:
         self._enter(request, Stage.RESERVING)
         request.target = None
         request.refused.clear()
-        request.waiting_since_us = now_us
         return self._choose_target(request, now_us)
 
     def _choose_target(self, request: LiveRequest, now_us: int) -> list[object]:
@@ -350,6 +365,8 @@ class RouterCore:
         source = self.pool.get(request.source.worker)
         assert source is not None
         choice = choose_decode(self.pool.holding(Role.DECODE), source=source, refused=request.refused)
+        if choice is None and Role.DECODE in self._given_up:
+            return self._end(request, now_us, error=self._no_worker(Role.DECODE))
         if choice is None:
             request.retry_us = now_us + limits.RESERVE_RETRY_MS * 1_000
             return []
@@ -531,7 +548,6 @@ class RouterCore:
             return self._end(request, now_us, error=self._spent(request))
         actions = self._abort_everywhere(request)
         request.retry_us = None
-        request.waiting_since_us = now_us
         self._enqueue(request, first=True)
         return actions
 
@@ -543,9 +559,9 @@ class RouterCore:
         text = f"given up after {request.losses} lost placements"
         return Internal(text) if request.poisonous else Unavailable(text, retry_after_ms=limits.RETRY_AFTER_MS)
 
-    def _no_worker(self, request: LiveRequest) -> TriptychError:
-        role = "prefill" if request.stage is Stage.QUEUED else "decode"
-        return Unavailable(f"no {role} worker is available", retry_after_ms=limits.RETRY_AFTER_MS)
+    @staticmethod
+    def _no_worker(role: Role) -> TriptychError:
+        return Unavailable(f"no {role.value} worker is available", retry_after_ms=limits.RETRY_AFTER_MS)
 
     # -- the one ending ------------------------------------------------------------------------------------------------
     def _end(

@@ -1,10 +1,10 @@
 """LiveRequest: one accepted request as the router sees it: where it is, and what the client has been given.
 
-    stage      QUEUED -> PREFILL -> RESERVING <-> TRANSFER -> DECODE -> (ended)
-    holders    -         source     source        source,     target
-                                                  target
-    A loss in a stage that leaves a holder of the whole KV goes back to RESERVING; any other goes back to QUEUED, with
-    prompt + emitted tokens as the new prompt. `emitted` is the truth about positions: position n is forwarded once.
+stage      QUEUED -> PREFILL -> RESERVING <-> TRANSFER -> DECODE -> (ended)
+holders    -         source     source        source,     target
+                                              target
+A loss in a stage that leaves a holder of the whole KV goes back to RESERVING; any other goes back to QUEUED, with
+prompt + emitted tokens as the new prompt. `emitted` is the truth about positions: position n is forwarded once.
 """
 
 from dataclasses import dataclass, field
@@ -45,7 +45,6 @@ class LiveRequest:
     losses: int = 0  # placements lost; bounded by ATTEMPTS_MAX
     poisonous: bool = False  # a worker's engine failed on it
     prefill_load_tokens: int = 0  # what it adds to its prefill worker's queue, by our count
-    waiting_since_us: int = 0  # since when no worker could be found
     retry_us: int | None = None  # when to ask full targets again
     stats: RequestStats = field(default_factory=RequestStats)
     marks_us: dict[str, int] = field(default_factory=dict)  # first time of: near_turn, token, committed
@@ -53,6 +52,11 @@ class LiveRequest:
     @property
     def token_ids(self) -> tuple[int, ...]:
         return self.submit.token_ids + tuple(self.emitted)
+
+    @property
+    def needs_target(self) -> bool:
+        """False when token 0 is all there will be: no reservation, no transfer."""
+        return self.submit.sampling.max_tokens - len(self.emitted) > 1
 
     def next_attempt(self) -> int:
         self.attempts += 1

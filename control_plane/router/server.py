@@ -1,8 +1,8 @@
 """The router's process: one loop with the machine and its edge, three listeners, no torch.
 
-    public HTTP (8000)   OpenAI clients            admin HTTP (8001)   operators, Prometheus
-    gRPC (50051)         triptych.v1.Inference, health, reflection
-    links                dialled from here: the controller, every worker
+public HTTP (8000)   OpenAI clients            admin HTTP (8001)   operators, Prometheus
+gRPC (50051)         triptych.v1.Inference, health, reflection
+links                dialled from here: the controller, every worker
 """
 
 import asyncio

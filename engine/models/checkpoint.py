@@ -174,3 +174,7 @@ def _quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+if __name__ == "__main__":
+    print(ensure_default_model(progress=print))

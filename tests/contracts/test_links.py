@@ -424,10 +424,15 @@ async def test_close_while_dialling_is_one_loss(net: Net) -> None:
 
 
 async def test_a_link_closed_while_it_is_accepted_is_lost_on_both_ends(net: Net) -> None:
-    net.on_accept = lambda end: end.link.close("not welcome")
+    def refuse(end: End) -> None:
+        end.send(b"here is why")
+        end.close("not welcome")
+
+    net.on_accept = refuse
     near = net.dial()
     await net.until(lambda: bool(near.losses) and bool(net.accepted[0].losses))
-    assert net.accepted[0].losses == ["not welcome"]
+    assert net.accepted[0].losses == ["not welcome"] and len(near.losses) == 1
+    assert near.opened and near.messages == [b"here is why"]
 
 
 # -- slow readers ------------------------------------------------------------------------------------------------------

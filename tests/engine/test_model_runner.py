@@ -261,10 +261,16 @@ class _ForgetsTheFirstBlock(PagedSdpa):
         return super().prepare(kv, [Span(s.row, s.tokens, s.start, s.table[-1:] + s.table[1:]) for s in spans])
 
 
-def test_verify_refuses_a_broken_backend() -> None:
+class _IgnoresTables(PagedSdpa):
+    def prepare(self, kv: PagedKV, spans: Any) -> Any:
+        return super().prepare(kv, [Span(s.row, s.tokens, s.start, tuple(range(len(s.table)))) for s in spans])
+
+
+@pytest.mark.parametrize("backend", [_ForgetsTheFirstBlock, _IgnoresTables])
+def test_verify_refuses_a_broken_backend(backend: type[PagedSdpa]) -> None:
     model = tiny_model()
     with pytest.raises(InvalidArgument, match="differs from its own eager forward"):
-        verify(ModelRunner(model, adapter_for(model), tiny_arena(), backend=_ForgetsTheFirstBlock()))
+        verify(ModelRunner(model, adapter_for(model), tiny_arena(), backend=backend()))
 
 
 def test_an_unknown_family_is_refused_by_name() -> None:

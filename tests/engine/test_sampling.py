@@ -99,6 +99,11 @@ def test_the_nucleus_is_the_fewest_tokens_that_reach_top_p(top_p: float, kept: l
     assert nucleus(probabilities_V, top_p).tolist() == kept
 
 
+def test_equal_probabilities_are_taken_in_token_order() -> None:
+    probabilities_V = torch.full((4096,), 1 / 4096, dtype=torch.float64)
+    assert nucleus(probabilities_V, 0.25).tolist() == list(range(1024))
+
+
 @given(
     weights=st.lists(st.integers(min_value=0, max_value=1 << 12), min_size=1, max_size=60).filter(any),
     percent=st.integers(min_value=1, max_value=99),
@@ -162,7 +167,7 @@ def test_neighbours_in_the_batch_change_nothing() -> None:
 
 
 def test_the_smallest_temperature_is_greedy_and_finite() -> None:
-    assert draws(SamplingParams(temperature=1e-300, seed=1), 50) == {2: 50}
+    assert draws(SamplingParams(temperature=5e-324, seed=1), 50) == {2: 50}
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.99])
@@ -173,6 +178,15 @@ def test_the_ends_of_the_uniform_select_possible_tokens(
     monkeypatch.setattr("engine.sampling.uniform", lambda seed, choice, position: drawn)
     logits_V = torch.tensor([-math.inf, 0.1, 0.3, 0.2, -math.inf])
     assert sample(logits_V, SamplingParams(temperature=1.0, top_p=top_p), 0) in {1, 2, 3}
+
+
+@given(logits=st.lists(st.floats(min_value=-30, max_value=30), min_size=1, max_size=40))
+def test_the_largest_uniform_still_selects_a_token(logits: list[float]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("engine.sampling.uniform", lambda seed, choice, position: 1.0 - 2.0**-53)
+        token = sample(torch.tensor(logits), SamplingParams(temperature=1.0, top_p=1.0), 0)
+    assert token is not None
+    assert 0 <= token < len(logits)
 
 
 def test_a_large_vocabulary_in_half_precision() -> None:

@@ -131,9 +131,7 @@ def spans(size: int) -> st.SearchStrategy[tuple[int, int]]:
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(
-    layers=spans(12), tokens=spans(300), tokens_fitting=st.integers(1, 2_000), multiple=st.sampled_from([1, 16, 64])
-)
+@given(layers=spans(12), tokens=spans(300), tokens_fitting=st.integers(1, 2_000), multiple=st.sampled_from([1, 16, 64]))
 def test_a_region_is_covered_exactly_once(
     layers: tuple[int, int], tokens: tuple[int, int], tokens_fitting: int, multiple: int
 ) -> None:
@@ -164,7 +162,8 @@ def test_tokens_stay_together_while_a_layer_of_them_fits() -> None:
 def test_a_frame_is_large_by_default_and_never_too_large() -> None:
     stream = Stream(name="kv", layers=30, heads=3, head_dim=64, dtype="bfloat16")
     sizes = [
-        (b - a) * (d - c) * stream.token_layer_bytes for (a, b), (c, d) in atoms(stream, (0, limits.LAYERS_PER_GROUP), (0, 512))
+        (b - a) * (d - c) * stream.token_layer_bytes
+        for (a, b), (c, d) in atoms(stream, (0, limits.LAYERS_PER_GROUP), (0, 512))
     ]
     assert max(sizes) <= limits.FRAME_PAYLOAD_BYTES_MAX
     assert len(sizes) <= 2 * sum(sizes) / limits.FRAME_PAYLOAD_BYTES_MAX + 1

@@ -1,17 +1,12 @@
 """VirtualCluster: a controller, a router and workers in one virtual world. The real machines, hosts and engine core.
 
 Only what touches the outside is a stand-in: time, the network, and the model (an oracle, whose tokens are right only if
-every KV byte that was read was right). What can break is what can break in production: a process stops (killed,
-frozen, restarted under its old name and address with a new id), or the network misbehaves (`faults`).
-
-While it runs, three watchers look for what no client could see:
-
-    WatchedEngine   freed columns are poisoned; one that is granted again must be as it was left (late writes, I3)
-    WatchedJob      every frame that a codec thread places was sealed by a source, and is not one that was damaged (I5)
-    WatchedHost     every damaged frame that arrives is counted as refused, or fails in its job (I5)
+every KV byte that was read was right). What can break is what can break in production: a process is killed, frozen,
+drained, or restarted under its old name and address with a new id; the network misbehaves (`weather`).
 """
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from random import Random
@@ -23,26 +18,23 @@ from control_plane.controller.core import ControllerCore
 from control_plane.router.core import Config as RouterConfig
 from control_plane.router.core import RouterCore
 from control_plane.router.requests import Cancel, Submit
-from engine.base.errors import FrameError
-from engine.base.machine import Job, LinkName, Run
-from engine.base.virtual_host import VirtualHost, VirtualWorld
-from engine.commands import EngineCommand, EngineEvent, StepPlan
-from engine.core import EngineCore, assert_quiet
+from engine.base.virtual_host import VirtualProcess, VirtualWorld
+from engine.commands import EngineEvent
+from engine.core import assert_quiet
 from engine.executors.oracle import OracleExecutor
 from engine.executors.paced import StepTimeModel
-from engine.kv.arena import POISON, Arena
+from engine.kv.arena import Arena
 from engine.scheduler import Scheduler
 from engine.types import Role
 from engine.virtual import VirtualEngine
-from kv_transfer.jobs import DecodeJob
 from kv_transfer.transports.memory import MemoryNetwork, MemoryTransport
-from tests.sim.faults import Weather
 from tests.sim.history import Violation
+from tests.sim.watchers import WatchedEngine, WatchedHost
+from tests.sim.weather import Weather
 
 CONTROLLER = "controller"
 ROUTER = "router"
-ORACLE = OracleExecutor.Config(layers_per_group=1)  # as many frames as there are layers: more for faults to hit
-P, D = Role.PREFILL, Role.DECODE
+ORACLE = OracleExecutor.Config(layers_per_group=1)  # a frame for each layer: the more frames, the more to go wrong
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,99 +67,160 @@ class Shape:
         return tuple(worker.name for worker in self.workers if role in worker.roles)
 
 
-class VirtualCluster:
-    """Starts whole; `kill`, `restart` and `freeze` take names. `on_output` hears what the router tells its edge."""
+class Process:
+    """One process: a machine, its host and, in a worker, an engine."""
 
-    def __init__(self, seed: int, shape: Shape, weather: Weather, on_output: Callable[[Any], None], *, recording: bool):
+    def __init__(
+        self,
+        world: VirtualWorld,
+        name: str,
+        core: ControllerCore | RouterCore | WorkerCore,
+        transport: MemoryTransport,
+        *,
+        weather: Weather,
+        outputs: Callable[["Process", Any], None],
+        engine: "WorkerEngine | None" = None,
+        job_us: int = 0,
+    ) -> None:
+        self.name = name
+        self.core = core
+        self.transport = transport
+        self.engine = engine
+        self.host = WatchedHost(
+            world,
+            name,
+            core,
+            transport,
+            outputs=partial(outputs, self),
+            engine=engine.port if engine else None,
+            memory=engine.arena if engine else None,
+            job_us=lambda job: job_us,
+            clock_offset_us=world.random.randrange(1_000_000_000),  # clocks agree with nobody's
+            weather=weather,
+            counters=self.counters,
+        )
+        if engine is not None:
+            engine.on_events = self.host.deliver_engine_events
+        transport.listen(name, self.host.accept)
+        self.host.start()
+
+    @property
+    def counters(self) -> Counter[str]:
+        return self.core.counters if isinstance(self.core, WorkerCore) else Counter()
+
+    def check_quiet(self) -> None:
+        """Nothing is held for anybody (I3, I7)."""
+        if isinstance(self.core, WorkerCore):
+            assert self.engine is not None
+            if self.core.held:
+                raise Violation(f"I7: {self.name} still holds something for {self.core.held} attempts or transfers")
+            try:
+                assert_quiet(self.engine.core)
+            except AssertionError as error:
+                raise Violation(f"I3: {self.name}: {error}") from error
+
+
+class WorkerEngine:
+    """A worker's engine: the core under watch, an oracle, an arena."""
+
+    def __init__(self, world: VirtualWorld, process: VirtualProcess, shape: Shape, columns: int) -> None:
+        self.arena = Arena(ORACLE.schema, columns=columns, block_size=shape.block_size)
+        config = Scheduler.Config(
+            block_size=shape.block_size,
+            step_tokens=shape.step_tokens,
+            growth_reserve_tokens=shape.growth_tokens,
+            near_turn_tokens=2 * shape.step_tokens,
+            max_model_len=ORACLE.max_model_len,
+        )
+        self.core = WatchedEngine(config, ORACLE.schema, self.arena)
+        self.on_events: Callable[[tuple[EngineEvent, ...]], None] = lambda events: None
+        oracle = OracleExecutor(self.arena, ORACLE)
+        self.port = VirtualEngine(
+            world, lambda events: self.on_events(events), self.core, oracle, shape.step_time, process=process
+        )
+
+
+class VirtualCluster:
+    """Starts whole. Every method takes names; `on_output` hears what the router tells its edge."""
+
+    def __init__(
+        self, seed: int, shape: Shape, weather: Weather, on_output: Callable[[Any], None], *, recording: bool = False
+    ) -> None:
         self.world = VirtualWorld(seed, recording=recording)
         self.shape = shape
         self.weather = weather
-        self.network = MemoryNetwork(
-            self.world, MemoryNetwork.Config(shape.latency_us, shape.bytes_per_second), faults=weather
-        )
+        config = MemoryNetwork.Config(latency_us=shape.latency_us, bytes_per_second=shape.bytes_per_second)
+        self.network = MemoryNetwork(self.world, config, faults=weather)
         self._on_output = on_output
-        self._workers = {worker.name: worker for worker in shape.workers}
+        self._shapes = {worker.name: worker for worker in shape.workers}
         self._running: dict[str, Process] = {}
-        self.past: list[Process] = []  # dead ones: their counters still count
+        self._past: list[Process] = []
         self.restarts = 0
         for name in (CONTROLLER, ROUTER, *shape.names):
             self._start(name)
 
     # -- processes -----------------------------------------------------------------------------------------------------
-    def _start(self, name: str) -> None:
-        """A new process in this place: new id, new memory, a clock of its own that agrees with nobody's."""
-        transport = MemoryTransport(self.network, name)
-        identity = f"{self.world.random.getrandbits(64):016x}"
-        offset_us = self.world.random.randrange(1_000_000_000)
-        start = partial(Process, self, name, transport, identity, offset_us)
-        self._running[name] = start()
-
-    def process(self, name: str) -> "Process":
-        return self._running[name]
+    @property
+    def workers(self) -> list[Process]:
+        """Those that live."""
+        return [self._running[name] for name in self.shape.names if name in self._running]
 
     @property
-    def processes(self) -> Iterator["Process"]:
-        """Living and dead."""
-        yield from self.past
-        yield from self._running.values()
+    def processes(self) -> Sequence[Process]:
+        """Those that live and those that have."""
+        return [*self._past, *self._running.values()]
 
     @property
-    def workers(self) -> list["Process"]:
-        """The living ones."""
-        return [self._running[name] for name in self._workers if name in self._running]
-
-    @property
-    def router(self) -> RouterCore:
-        core = self._running[ROUTER].core
-        assert isinstance(core, RouterCore)
-        return core
-
-    def alive(self, name: str) -> bool:
-        return name in self._running
+    def router(self) -> RouterCore | None:
+        process = self._running.get(ROUTER)
+        assert process is None or isinstance(process.core, RouterCore)
+        return process.core if process else None
 
     def kill(self, name: str, detected_after_us: int | None = 0) -> None:
         if process := self._running.pop(name, None):
             process.host.kill(detected_after_us=detected_after_us)
-            self.past.append(process)
+            self._past.append(process)
 
     def restart(self, name: str) -> None:
-        """Under the old name and address. Whoever still had the address has lost it."""
-        if name not in self._running:
-            for process in self.past:
-                if process.name == name:
-                    process.transport.close()
-            self.restarts += 1
-            self._start(name)
+        """Under the old name and address, with a new id and empty memory. Does nothing if it lives."""
+        if name in self._running:
+            return
+        for process in self._past:
+            if process.name == name:
+                process.transport.close()  # a dead machine's address is free again once another takes it
+        self.restarts += 1
+        self._start(name)
 
     def freeze(self, name: str, duration_us: int) -> None:
         if process := self._running.get(name):
             process.host.freeze(duration_us)
 
     def drain(self, name: str, timeout_ms: int) -> None:
-        """SIGTERM: it gives its work away and its process ends; a new one takes its place at once."""
-        process = self._running.get(name)
-        if process is not None and not process.drained:
-            process.host.deliver(Drain(timeout_ms))
+        """SIGTERM: the worker gives its work away and ends; a new one takes its place."""
+        self._tell(name, Drain(timeout_ms))
 
-    def _replace(self, process: "Process") -> None:
-        if self._running.get(process.name) is process:
-            self.kill(process.name)
-            self.restart(process.name)
+    def _start(self, name: str) -> None:
+        transport = MemoryTransport(self.network, name)
+        core = self._build_core(name, identity=f"{self.world.random.getrandbits(64):016x}")
+        worker = self._shapes.get(name)
+        engine = WorkerEngine(self.world, transport.process, self.shape, worker.columns) if worker else None
+        self._running[name] = Process(
+            self.world,
+            name,
+            core,
+            transport,
+            weather=self.weather,
+            outputs=self._on_process_output,
+            engine=engine,
+            job_us=self.shape.job_us,
+        )
 
-    def hear(self, process: "Process", output: Any) -> None:
-        if isinstance(output, Drained):
-            process.drained = True
-            assert_worker_quiet(process)
-            self.world.schedule(1_000, partial(self._replace, process))
-        elif self._running.get(ROUTER) is process:
-            self._on_output(output)
-
-    def build_core(self, name: str, identity: str) -> ControllerCore | RouterCore | WorkerCore:
+    def _build_core(self, name: str, identity: str) -> ControllerCore | RouterCore | WorkerCore:
         if name == CONTROLLER:
             return ControllerCore()
         if name == ROUTER:
             return RouterCore(RouterConfig(router_id=identity, controller_address=CONTROLLER))
-        worker = self._workers[name]
+        worker = self._shapes[name]
         config = WorkerConfig(
             worker_id=identity,
             name=name,
@@ -182,51 +235,47 @@ class VirtualCluster:
             columns=worker.columns,
             growth_tokens=self.shape.growth_tokens,
         )
-        return WorkerCore(config, random=Random(f"transfers of {identity}"))
+        return WorkerCore(config, random=Random(f"transfer ids of {identity}"))
+
+    def _on_process_output(self, process: Process, output: Any) -> None:
+        if isinstance(output, Drained):
+            process.check_quiet()
+            self.world.schedule(0, partial(self._replace, process))
+        else:
+            self._on_output(output)
+
+    def _replace(self, process: Process) -> None:
+        if self._running.get(process.name) is process:
+            self.kill(process.name)
+            self.restart(process.name)
 
     # -- clients -------------------------------------------------------------------------------------------------------
     def submit(self, submit: Submit) -> None:
-        self._running[ROUTER].host.deliver(submit)
+        self._tell(ROUTER, submit)
 
     def cancel(self, key: int) -> None:
-        self._running[ROUTER].host.deliver(Cancel(key))
+        self._tell(ROUTER, Cancel(key))
+
+    def _tell(self, name: str, event: Any) -> None:
+        """As a message would: a frozen process hears of it when it wakes."""
+        if process := self._running.get(name):
+            process.host.schedule(0, partial(process.host.deliver, event))
 
     # -- checks --------------------------------------------------------------------------------------------------------
     def check_integrity(self) -> None:
         """I3, at any time."""
         for process in self.workers:
-            process.engine_core.check_integrity()
+            assert process.engine is not None
+            process.engine.core.check_integrity()
 
     def check_quiet(self) -> None:
-        """I3 and I7, once nobody wants anything: whatever was held has been given back, everywhere."""
+        """I3 and I7, once nobody wants anything any more: what was held has been given back, everywhere."""
         for process in self.workers:
-            assert_worker_quiet(process)
+            process.check_quiet()
         router = self.router
-        load = {view.name: (w.bound, w.prefill_tokens) for w, view in zip(router.pool, router.workers(), strict=True)}
-        _require(router.in_flight == 0, f"the router still has {router.in_flight} requests")
-        _require(not any(map(any, load.values())), f"the router believes that workers are busy: {load}")
-
-
-class Process:
-    """One process: a machine, its host and, in a worker, an engine."""
-
-    def __init__(
-        self, cluster: VirtualCluster, name: str, transport: MemoryTransport, identity: str, clock_offset_us: int
-    ) -> None:
-        self.name = name
-        self.transport = transport
-        self.core = cluster.build_core(name, identity)
-        self.drained = False
-        self._engine: VirtualEngine | None = None
-        self.host = WatchedHost(
-            cluster,
-            self,
-            clock_offset_us=clock_offset_us,
-        )
-        transport.listen(name, self.host.accept)
-        self.host.start()
-
-
-def _require(condition: bool, text: str) -> None:
-    if not condition:
-        raise Violation(text)
+        assert router is not None
+        if router.in_flight:
+            raise Violation(f"I7: the router still has {router.in_flight} requests")
+        busy = {worker.info.name: (worker.bound, worker.prefill_tokens) for worker in router.pool}
+        if any(any(load) for load in busy.values()):
+            raise Violation(f"I7: an idle router believes that workers are busy: {busy}")

@@ -212,6 +212,21 @@ async def test_an_idle_link_is_pinged_and_a_silent_one_closed() -> None:
     await host.close()
 
 
+async def test_a_host_that_was_stopped_and_woken_reads_before_it_accuses() -> None:
+    clock_ns = 0
+    host = AsyncioHost(ScriptedMachine(), StubTransport(), clock_ns=lambda: clock_ns)
+    host.start()
+    link = StubLink()
+    handler = host.accept(link, b"")
+    clock_ns = 30_000_000_000
+    host._on_timer()  # the first thing that runs after SIGCONT, before any socket is read
+    handler.on_message(b"waited in the socket")
+    clock_ns += 2_000_000_000
+    host._on_timer()
+    assert link.closed == []
+    await host.close()
+
+
 # -- engine events -----------------------------------------------------------------------------------------------------
 async def test_posts_between_two_turns_of_the_loop_are_one_event_in_order() -> None:
     machine = ScriptedMachine()

@@ -187,7 +187,7 @@ def test_a_frozen_peer_is_lost_by_silence_and_learns_so_when_it_wakes() -> None:
 
 
 def test_a_woken_host_does_not_accuse_peers_that_kept_talking() -> None:
-    """Three hosts in a row: the middle one sleeps while both neighbours are reachable but patient."""
+    """A peer patient enough to outlast the sleep, so that only the sleeper could end the link."""
     pair = Pair()
     pair.near._keeper._silence_us = 10**12  # the peer never gives up on us
     pair.far.freeze(30 * 1_000_000)

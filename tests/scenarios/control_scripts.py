@@ -1,0 +1,256 @@
+"""Scripts for the router and the controller. Their peers are sessions of the script, so sequence numbers are right.
+
+Router: workers are called by their ids, the controller `controller`, clients by the keys of their requests.
+
+    > router [requests_max=.. attempts_max=..]   starts the machine
+    > cluster p1:prefill d1:decode ...           starts it with these workers, connected and serving (prints nothing)
+    > up d1 / > lost d1 reason                   a link opens, is lost
+    > table term=2 p1:prefill d1:decode ...      the controller publishes
+    > d1: committed request=1 attempt=2          a worker says something; with gap=1 a sequence number is missing
+    > submit 1 tokens=1..8 max=4 / > cancel 1 / > shutdown
+    > requests / > workers / > counters          what the router believes
+
+Controller: peers are called as they introduce themselves.
+
+    > controller                                 starts the machine
+    > up w1 worker / > up r1 router              a link opens (version=, kind= or garbage=1 for a bad introduction)
+    > w1: register info.worker=w1 ...            a message; > again w1#2 worker is a second link of the same sender
+"""
+
+from control_plane.controller.core import Config as ControllerConfig
+from control_plane.controller.core import ControllerCore
+from control_plane.router.core import CONTROLLER, Config, RouterCore, StopAdmitting
+from control_plane.router.requests import Cancel, Ended, Submit, TokensReady
+from control_plane.router.workers import LINK_PREFIX
+from control_plane.wire import session_pb2 as pb
+from control_plane.wire.session import Session, parse_hello_untrusted
+from engine.base.machine import Close, Dial, LinkLost, LinkUp, Received, Send, Started
+from engine.types import SamplingParams
+from tests.scenarios.runner import Script, Words
+from tests.scenarios.words import Names, fill, read_numbers, write_envelope, write_numbers
+
+SCHEMA_DIGEST = b"schema of model A"[:16]
+OTHER_SCHEMA_DIGEST = b"schema of model B"[:16]
+
+
+def names() -> Names:
+    return Names(A=SCHEMA_DIGEST, B=OTHER_SCHEMA_DIGEST)
+
+
+def write_hello(introduction: bytes) -> str:
+    hello = parse_hello_untrusted(introduction)
+    return f"{pb.Hello.Kind.Name(hello.kind).lower()} {hello.sender}"
+
+
+class RouterScript(Script):
+    machine: RouterCore
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names = names()
+        self.peers: dict[str, Session] = {}
+        self.ended: set[int] = set()
+
+    # -- commands ------------------------------------------------------------------------------------------------------
+    def do_router(self, words: Words) -> list[str]:
+        sizes = {key: int(value) for key, value in words.keyed.items()}
+        self.machine = RouterCore(Config(router_id="r1", controller_address="controller:50051", **sizes))  # type: ignore[arg-type]
+        return self.step(Started())
+
+    def do_cluster(self, words: Words) -> list[str]:
+        self.do_router(Words([], words.keyed))
+        self.do_up(Words([CONTROLLER]))
+        self.do_table(Words(words.plain, {"term": "1"}))
+        for worker_id, roles, _ in map(_worker, words.plain):
+            self.do_up(Words([worker_id]))
+            self.said(
+                worker_id, Words.parse(["status", f"worker={worker_id}", "epoch=1", "state=SERVING", f"roles={roles}"])
+            )
+        return []
+
+    def do_up(self, words: Words) -> list[str]:
+        link = _link(words.plain[0])
+        self.peers[link] = Session()
+        return self.step(LinkUp(link))
+
+    def do_lost(self, words: Words) -> list[str]:
+        reason = words.plain[1] if len(words.plain) > 1 else "reset"
+        return self.step(LinkLost(_link(words.plain[0]), reason))
+
+    def do_table(self, words: Words) -> list[str]:
+        table = pb.WorkerTable(term=int(words.keyed["term"]))
+        for worker_id, roles, model in map(_worker, words.plain):
+            digest = OTHER_SCHEMA_DIGEST if model == "B" else SCHEMA_DIGEST
+            table.workers.add(
+                worker=worker_id,
+                name=worker_id,
+                address=f"{worker_id}:50051",
+                epoch=1,
+                state="SERVING",
+                roles=roles.split(","),
+                schema_digest=digest,
+                total_columns=100,
+                codecs=["raw"],
+            )
+        return self._receive(CONTROLLER, pb.ControllerToRouter(table=table))
+
+    def said(self, speaker: str, words: Words) -> list[str]:
+        link = _link(speaker)
+        envelope = pb.ControllerToRouter() if link == CONTROLLER else pb.WorkerToRouter()
+        fields = dict(words.keyed)
+        for _ in range(int(fields.pop("gap", 0))):
+            self.peers[link].seal(pb.WorkerToRouter())  # sealed and never sent
+        if "garbage" in fields:
+            return self.step(Received(link, b"\xff\xff"))
+        for kind in words.plain:
+            getattr(envelope, kind).SetInParent()
+            fill(getattr(envelope, kind), fields, self.names)
+        return self._receive(link, envelope)
+
+    def _receive(self, link: str, envelope: pb.ControllerToRouter | pb.WorkerToRouter) -> list[str]:
+        return self.step(Received(link, self.peers[link].seal(envelope)))
+
+    def do_submit(self, words: Words) -> list[str]:
+        sampling = SamplingParams(temperature=0.0, max_tokens=int(words.keyed.get("max", 4)))
+        submit = Submit(
+            key=int(words.plain[0]),
+            token_ids=read_numbers(words.keyed["tokens"]),
+            sampling=sampling,
+            deadline_ms=int(words.keyed.get("deadline_ms", 0)),
+        )
+        return self.step(submit)
+
+    def do_cancel(self, words: Words) -> list[str]:
+        return self.step(Cancel(int(words.plain[0])))
+
+    def do_shutdown(self, _: Words) -> list[str]:
+        return self.step(StopAdmitting())
+
+    def do_requests(self, _: Words) -> list[str]:
+        return [self._show_request(request) for request in self.machine._requests.values()]
+
+    def do_workers(self, _: Words) -> list[str]:
+        return [
+            f"{worker.id} {worker.info.state} {','.join(worker.info.roles)} connected={worker.session is not None}"
+            f" prefill_tokens={worker.prefill_tokens} bound={worker.bound}"
+            for worker in self.machine.pool
+        ]
+
+    def do_counters(self, _: Words) -> list[str]:
+        counters = sorted(self.machine.counters.items())
+        return [f"{name}{{{label}}} {count}" if label else f"{name} {count}" for (name, label), count in counters]
+
+    @staticmethod
+    def _show_request(request) -> str:  # type: ignore[no-untyped-def]
+        places = [
+            f"{name}={place.worker}/{place.attempt}"
+            for name, place in (("source", request.source), ("target", request.target))
+            if place is not None
+        ]
+        words = [str(request.submit.key), request.stage.value, *places, f"losses={request.losses}"]
+        return " ".join([*words, f"emitted={len(request.emitted)}"])
+
+    # -- actions -------------------------------------------------------------------------------------------------------
+    def show(self, action: object) -> str | None:
+        match action:
+            case Dial(link, address, introduction):
+                return f"dial {_name(link)} at {address} as {write_hello(introduction)}"
+            case Send(link, message):
+                kind = pb.RouterToController if link == CONTROLLER else pb.RouterToWorker
+                return f"{_name(link)} <- {write_envelope(self.peers[link].open_untrusted(kind, message), self.names)}"
+            case Close(link, reason):
+                return f"close {_name(link)}: {reason}"
+            case TokensReady(key, token_ids):
+                assert key not in self.ended, "a token after the ending"
+                return f"client {key} <- tokens {write_numbers(token_ids)}"
+            case Ended():
+                return self._show_ended(action)
+        raise AssertionError(f"no words for {action!r}")
+
+    def _show_ended(self, ended: Ended) -> str:
+        assert ended.key not in self.ended, "I1: one ending"
+        self.ended.add(ended.key)
+        assert (ended.finish is None) != (ended.error is None)
+        if ended.error is None:
+            return f"client {ended.key} <- ended {ended.finish} attempts={ended.stats.attempts}"
+        retry = f" (retry after {ended.error.retry_after_ms} ms)" if ended.error.retry_after_ms else ""
+        return f"client {ended.key} <- ended {ended.error.status}: {ended.error.message}{retry}"
+
+    def check(self) -> None:
+        """Each worker's load is the sum of what the requests there add to it, so an idle router believes in none."""
+        requests = self.machine._requests.values()
+        for worker in self.machine.pool:
+            bound = sum(r.target is not None and r.target.worker == worker.id for r in requests)
+            prefill = sum(r.prefill_load_tokens for r in requests if r.source and r.source.worker == worker.id)
+            assert (worker.bound, worker.prefill_tokens) == (bound, prefill), f"{worker.id}: load is off"
+
+
+def _link(name: str) -> str:
+    return name if name == CONTROLLER else LINK_PREFIX + name
+
+
+def _name(link: str) -> str:
+    return link.removeprefix(LINK_PREFIX)
+
+
+def _worker(word: str) -> tuple[str, str, str]:
+    """ "d1:decode" or "d1:decode:B" (it serves model B)"""
+    worker_id, roles, model = (*word.split(":"), "A")[:3]
+    return worker_id, roles, model
+
+
+class ControllerScript(Script):
+    machine: ControllerCore
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names = names()
+        self.peers: dict[str, tuple[str, Session]] = {}
+
+    def do_controller(self, _: Words) -> list[str]:
+        self.machine = ControllerCore(ControllerConfig())
+        return self.step(Started())
+
+    def do_up(self, words: Words) -> list[str]:
+        """`w1#2` is a second link of w1."""
+        link, kind = words.plain
+        kinds = {"worker": pb.Hello.WORKER_TO_CONTROLLER, "router": pb.Hello.ROUTER_TO_CONTROLLER}
+        hello = pb.Hello(
+            wire_version=int(words.keyed.get("version", 1)),
+            kind=kinds.get(kind, pb.Hello.WORKER_TO_WORKER),
+            sender=link.split("#")[0],
+        )
+        self.peers[link] = (kind, Session())
+        introduction = b"\xff\xff" if "garbage" in words.keyed else hello.SerializeToString()
+        return self.step(LinkUp(f"in/{link}", introduction))
+
+    def do_lost(self, words: Words) -> list[str]:
+        return self.step(LinkLost(f"in/{words.plain[0]}", "reset"))
+
+    def said(self, speaker: str, words: Words) -> list[str]:
+        kind, session = self.peers[speaker]
+        envelope = pb.WorkerToController() if kind == "worker" else pb.RouterToController()
+        fields = dict(words.keyed)
+        for _ in range(int(fields.pop("gap", 0))):
+            session.seal(pb.WorkerToController())  # sealed and never sent
+        for body in words.plain:
+            getattr(envelope, body).SetInParent()
+            fill(getattr(envelope, body), fields, self.names)
+        return self.step(Received(f"in/{speaker}", session.seal(envelope)))
+
+    def do_workers(self, _: Words) -> list[str]:
+        return [f"{worker} {state}" for worker, state in self.machine.workers.items()]
+
+    def do_phase(self, _: Words) -> list[str]:
+        return [f"{self.machine.phase.value} term={self.machine.term}"]
+
+    def show(self, action: object) -> str | None:
+        match action:
+            case Send(link, message):
+                name = link.removeprefix("in/")
+                kind, session = self.peers[name]
+                body = pb.ControllerToWorker if kind == "worker" else pb.ControllerToRouter
+                return f"{name} <- {write_envelope(session.open_untrusted(body, message), self.names)}"
+            case Close(link, reason):
+                return f"close {link.removeprefix('in/')}: {reason}"
+        raise AssertionError(f"no words for {action!r}")

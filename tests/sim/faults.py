@@ -1,0 +1,167 @@
+"""FaultPlan: what goes wrong, when, as data drawn from a seed. Plain values: a plan prints, compares and can be cut.
+
+Every fault ends by `FAULTS_END_US`, and no request can lose so many placements that giving up would be right: after
+that moment, and with a worker of each role alive again, every request must end well (liveness).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import combinations
+from random import Random
+from typing import TypeAlias
+
+from engine.types import Role
+from tests.sim.cluster import CONTROLLER, ROUTER, Shape, VirtualCluster, WorkerShape
+from tests.sim.weather import Noise
+
+FAULTS_END_US = 9_000_000
+EVENTS_MAX = 4  # each may cost a request two placements, of the eight that it has
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    name: str
+    down_us: int
+    detected_after_us: int | None  # None: no reset is sent (power loss)
+
+
+@dataclass(frozen=True, slots=True)
+class Freeze:
+    name: str
+    duration_us: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    one: str
+    other: str
+    one_way: bool
+    duration_us: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reset:
+    one: str
+    other: str
+
+
+@dataclass(frozen=True, slots=True)
+class Mishap:
+    """The next control message between the two is doubled or overtaken: that session must end, and no more."""
+
+    kind: str
+    one: str
+    other: str
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    name: str
+    timeout_ms: int
+
+
+Fault: TypeAlias = Kill | Freeze | Cut | Reset | Mishap | Drain
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaultPlan:
+    noise: Noise
+    events: tuple[tuple[int, Fault], ...]  # (at_us, what)
+
+
+# -- drawing -----------------------------------------------------------------------------------------------------------
+def draw_shape(random: Random) -> Shape:
+    """A small cluster with at least one worker of each role, and pools from hardly enough to roomy."""
+    prefill, decode = frozenset({Role.PREFILL}), frozenset({Role.DECODE})
+    layout = random.choice(("pd", "pdd", "ppdd", "ppd", "mm", "m", "pdm", "pmm", "ppdm"))
+    roles = {"p": prefill, "d": decode, "m": prefill | decode}
+    workers = tuple(
+        WorkerShape(name=f"{letter}{index}", roles=roles[letter], columns=random.choice((16, 20, 30, 60)))
+        for index, letter in enumerate(layout)
+    )
+    return Shape(
+        workers=workers,
+        growth_tokens=random.choice((0, 8, 32)),
+        latency_us=random.choice((200, 2_000, 15_000)),
+        bytes_per_second=random.choice((None, 200_000)),
+        job_us=random.choice((50, 2_000, 15_000)),
+    )
+
+
+def draw_plan(random: Random, shape: Shape) -> FaultPlan:
+    events = [(_draw_instant(random), _draw_fault(random, shape)) for _ in range(random.randrange(EVENTS_MAX + 1))]
+    return FaultPlan(noise=_draw_noise(random), events=tuple(sorted(events, key=lambda event: event[0])))
+
+
+def _draw_instant(random: Random) -> int:
+    return random.randrange(500_000, 5_000_000)
+
+
+def _draw_noise(random: Random) -> Noise:
+    """Each kind is often off, so that the others are seen alone (swarm testing)."""
+
+    def chance(*values: float) -> float:
+        return random.choice((0.0, *values))
+
+    return Noise(
+        drop=chance(0.02, 0.08),
+        duplicate=chance(0.05, 0.2),
+        overtake=chance(0.05, 0.3),
+        delay=chance(0.05),
+        damage=chance(0.02, 0.08),
+        control_delay=chance(0.03, 0.1),
+    )
+
+
+def _draw_fault(random: Random, shape: Shape) -> Fault:
+    """Mostly against workers: those are many, and stateful."""
+    workers = shape.names
+    anyone = random.choice((*workers, *workers, ROUTER, CONTROLLER))
+    one, other = random.choice(_pairs(workers))
+    match random.choice(
+        ("kill", "kill", "kill", "freeze", "freeze", "cut", "cut", "reset", "mishap", "drain", "drain")
+    ):
+        case "kill":
+            return Kill(anyone, _draw_down_us(random), random.choice((0, 200_000, None)))
+        case "freeze":
+            return Freeze(anyone, random.choice((random.randrange(3_000_000), random.randrange(5_000_000))))
+        case "cut":
+            return Cut(one, other, random.random() < 0.5, random.randrange(100_000, 4_500_000))
+        case "reset":
+            return Reset(one, other)
+        case "mishap":
+            return Mishap(random.choice(("double", "overtake")), *random.choice(_pairs(workers, bulk=False)))
+        case _:
+            return Drain(random.choice(workers), random.choice((0, 200, 2_000)))
+
+
+def _draw_down_us(random: Random) -> int:
+    return random.choice((random.randrange(100_000), random.randrange(3_000_000)))
+
+
+def _pairs(workers: Sequence[str], *, bulk: bool = True) -> list[tuple[str, str]]:
+    """Who talks to whom."""
+    control = [(ROUTER, CONTROLLER)] + [(end, name) for name in workers for end in (ROUTER, CONTROLLER)]
+    return control + (2 * list(combinations(workers, 2)) if bulk else [])
+
+
+# -- carrying out ------------------------------------------------------------------------------------------------------
+def inject(cluster: VirtualCluster, fault: Fault) -> None:
+    later = cluster.world.schedule
+    match fault:
+        case Kill(name, down_us, detected_after_us):
+            cluster.kill(name, detected_after_us)
+            later(down_us, partial(cluster.restart, name))
+        case Freeze(name, duration_us):
+            cluster.freeze(name, duration_us)
+        case Cut(one, other, one_way, duration_us):
+            cluster.network.cut(one, other, one_way=one_way)
+            later(duration_us, partial(cluster.network.heal, one, other))
+        case Reset(one, other):
+            cluster.network.reset(one, other)
+        case Mishap(kind, one, other):
+            cluster.weather.arm(kind, one, other)
+        case Drain(name, timeout_ms):
+            cluster.drain(name, timeout_ms)
+    cluster.weather.injected[type(fault).__name__.lower()] += 1
