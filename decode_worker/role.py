@@ -8,11 +8,12 @@ Token 0 was sampled by the source. It is reported again with the first tokens fr
 which of the two workers the router hears first, or whether the source still lives.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from engine.base.errors import Status
 from engine.base.machine import Command
 from engine.commands import Activate, Pause, Paused, Prefilled, Reserve, Reserved, SampledToken, TokensSampled
+from kv_transfer.codecs import RAW, codecs
 from kv_transfer.custody import Custody
 from kv_transfer.reports import AttemptOver, Committed, Full, Granted, Relocate, RelocateReason, Tokens, Work
 from kv_transfer.source import Binding, Delivered, DeliveryFailed, Source
@@ -23,6 +24,7 @@ from kv_transfer.target import ArrivalFailed, Arrived, Target
 class _Decode:
     work: Work
     stage: str = "reserving"  # reserving -> receiving -> running -> held
+    lossy: bool = False  # its KV came through a codec that loses something
     carried: list[SampledToken] = field(default_factory=list)  # sampled by the source, reported with our first
 
 
@@ -61,8 +63,11 @@ class DecodeRole:
         self._decodes[work.seq_id] = _Decode(work, stage="running")
 
     def bind(self, seq_id: int, binding: Binding, now_us: int) -> list[object]:
-        """A held sequence has found another target."""
-        return self._source.bind(seq_id, binding, now_us) if seq_id in self._decodes else []
+        """A held sequence has found another target. What was lossily decoded is not lossily encoded (DESIGN 2.7)."""
+        decode = self._decodes.get(seq_id)
+        if decode is None:
+            return []
+        return self._source.bind(seq_id, replace(binding, codec=RAW) if decode.lossy else binding, now_us)
 
     def quiesce(self) -> list[object]:
         """Give every running sequence away. The others end by themselves or are already leaving."""
@@ -144,6 +149,7 @@ class DecodeRole:
             return []
         work = decode.work
         decode.stage = "running"
+        decode.lossy = not codecs.get(event.codec).lossless
         pending = event.branches[0]
         decode.carried = [
             SampledToken(event.seq_id, work.position + index, token_id, None) for index, token_id in enumerate(pending)

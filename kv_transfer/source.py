@@ -29,6 +29,8 @@ from kv_transfer.custody import Custody
 from kv_transfer.frame import End, FrameHeader, FrameKind
 from kv_transfer.jobs import EncodeJob, atoms
 
+ANSWERS = frozenset({FrameKind.ACK, FrameKind.NACK, FrameKind.COMMITTED, FrameKind.REFUSED})
+
 Region = tuple[tuple[int, int], tuple[int, int]]
 """((layer_start, layer_end), (token_start, token_end))"""
 
@@ -241,6 +243,7 @@ class Source:
         try:
             header = frames.parse_header_untrusted(data)
             frames.verify_checksum_untrusted(data)
+            self._check_answer_untrusted(header)
         except FrameError as error:
             self._counters[f"frames_rejected:{error.reason}"] += 1
             return []
@@ -249,6 +252,15 @@ class Source:
             self._counters["answers_stale"] += 1
             return []
         return self._on_answer(outgoing, outgoing.delivery, header, now_us)
+
+    def _check_answer_untrusted(self, header: FrameHeader) -> None:
+        if header.kind not in ANSWERS:
+            raise FrameError("kind")
+        if header.schema_digest != self._schema.digest:
+            raise FrameError("schema")
+        outgoing = self._by_transfer.get(header.transfer_id)
+        if outgoing is not None and outgoing.delivery is not None and header.epoch != outgoing.delivery.binding.epoch:
+            raise FrameError("epoch")
 
     def _on_answer(self, outgoing: _Outgoing, delivery: _Delivery, header: FrameHeader, now_us: int) -> list[object]:
         delivery.progress_us = now_us
@@ -326,7 +338,7 @@ class Source:
         assert outgoing.delivery is not None
         self._counters[f"deliveries_failed:{reason}"] += 1
         attempt = outgoing.delivery.binding.target_attempt
-        actions = self._unbind(outgoing, tell_target=reason != "link_lost")
+        actions = self._unbind(outgoing, tell_target=reason not in ("link_lost", "refused"))
         return [*actions, DeliveryFailed(seq_id=outgoing.seq_id, target_attempt=attempt, reason=reason)]
 
     def _unbind(self, outgoing: _Outgoing, *, tell_target: bool = True) -> list[object]:

@@ -21,6 +21,9 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from engine.base import limits
 from engine.base.errors import FrameError
 from engine.base.machine import JobDone, LinkName, Run, Send
@@ -31,6 +34,9 @@ from kv_transfer.codecs import codecs
 from kv_transfer.custody import Custody
 from kv_transfer.frame import End, FrameHeader, FrameKind, TransferRefusal
 from kv_transfer.jobs import DecodeJob
+
+
+FROM_SOURCE = frozenset({FrameKind.DATA, FrameKind.END, FrameKind.ABORT})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,14 +74,14 @@ class _Incoming:
     link: LinkName | None = None
     decoding: set[int] = field(default_factory=set)  # sequence numbers in codec threads
     placed: dict[int, int] = field(default_factory=dict)  # sequence number -> checksum
-    regions: set[tuple[int, int]] = field(default_factory=set)  # (first layer, first token) of placed frames
-    cells: int = 0  # (layer, token) pairs placed
+    missing: int = 0  # (layer, token) cells that no frame has filled yet
     digest: int = 0
     end: End | None = None
     codec: str = "raw"
     bytes_raw: int = 0
     bytes_wire: int = 0
     first_frame_us: int | None = None
+    filled_LT: NDArray[np.bool_] | None = None  # made with the first frame: a reservation alone costs no memory
 
 
 class Target:
@@ -89,7 +95,9 @@ class Target:
         mint_transfer_id: Callable[[], bytes],
         job_keys: Iterator[int],
         counters: Counter[str],
+        vocab_size: int,
     ) -> None:
+        self._vocab_size = vocab_size
         self.schema = schema
         self._custody = custody
         self._mint = mint_transfer_id
@@ -104,6 +112,7 @@ class Target:
     def open(self, seq_id: int, *, table: BlockTable, skip_tokens: int, context_tokens: int, epoch: int) -> bytes:
         """Accept frames into `table` from now on; returns the transfer id that the source must name."""
         incoming = _Incoming(seq_id, self._mint(), epoch, table, skip_tokens, context_tokens)
+        incoming.missing = self.schema.kv.layers * (context_tokens - skip_tokens)
         self._transfers[incoming.transfer_id] = incoming
         self._by_sequence[seq_id] = incoming
         return incoming.transfer_id
@@ -125,6 +134,8 @@ class Target:
         """A DATA, END or ABORT frame from a source. Whatever is wrong with it harms nobody."""
         try:
             header = frames.parse_header_untrusted(data)
+            if header.kind not in FROM_SOURCE:
+                raise FrameError("kind")
             incoming = self._match_untrusted(link, header, data)
         except FrameError as error:
             self._counters[f"frames_rejected:{error.reason}"] += 1
@@ -164,6 +175,8 @@ class Target:
         frames.check_atom_untrusted(header, self.schema.kv)
         if not incoming.skip_tokens <= header.token_start < header.token_end <= incoming.context_tokens:
             raise FrameError("range")
+        if (header.head_start, header.head_end) != (0, self.schema.kv.heads):
+            raise FrameError("range")  # no worker holds a part of the heads yet (DESIGN 9: no tensor parallelism)
         if header.codec not in codecs.names():
             raise FrameError("codec")
 
@@ -215,18 +228,24 @@ class Target:
     def _place(self, incoming: _Incoming, header: FrameHeader, checksum: int) -> None:
         incoming.placed[header.sequence] = checksum
         incoming.digest = frames.combine(incoming.digest, checksum)
-        region = (header.layer_start, header.token_start)
-        if region not in incoming.regions:
-            incoming.regions.add(region)
-            incoming.cells += (header.layer_end - header.layer_start) * (header.token_end - header.token_start)
+        self._fill(incoming, header)
         if header.codec != "raw":
             incoming.codec = header.codec
         incoming.bytes_raw += header.raw_bytes
         incoming.bytes_wire += frames.HEADER_BYTES + header.payload_bytes
 
+    def _fill(self, incoming: _Incoming, header: FrameHeader) -> None:
+        """Count exactly what is filled: overlapping frames must not add up to a coverage with holes."""
+        if incoming.filled_LT is None:
+            incoming.filled_LT = np.zeros((self.schema.kv.layers, incoming.context_tokens), dtype=np.bool_)
+        region_LT = incoming.filled_LT[header.layer_start : header.layer_end, header.token_start : header.token_end]
+        incoming.missing -= region_LT.size - int(np.count_nonzero(region_LT))
+        region_LT[:] = True
+
     def _on_end(self, incoming: _Incoming, data: bytes, now_us: int) -> list[object]:
         try:
             end = frames.parse_end_untrusted(frames.payload_of(data))
+            self._check_branches_untrusted(end)
         except FrameError as error:
             self._counters[f"frames_rejected:{error.reason}"] += 1
             return []
@@ -235,13 +254,18 @@ class Target:
             incoming.first_frame_us = now_us
         return self._commit_if_whole(incoming, now_us)
 
+    def _check_branches_untrusted(self, end: End) -> None:
+        """One pending token per choice, of this model's vocabulary: it is fed to the engine as it is."""
+        for branch in end.branches:
+            if len(branch) != 1 or branch[0] >= self._vocab_size:
+                raise FrameError("payload")
+
     def _commit_if_whole(self, incoming: _Incoming, now_us: int) -> list[object]:
         """Decode starts only on a verified END whose every frame is in memory (reliability lesson 7)."""
         end = incoming.end
-        if end is None or len(incoming.placed) < end.frames:
-            return []
-        cells = self.schema.kv.layers * (incoming.context_tokens - incoming.skip_tokens)
-        if len(incoming.placed) != end.frames or incoming.digest != end.digest or incoming.cells != cells:
+        if end is None or len(incoming.placed) < end.frames or incoming.decoding:
+            return []  # also not while a frame that END does not know of is being written (DESIGN 2.2)
+        if len(incoming.placed) != end.frames or incoming.digest != end.digest or incoming.missing:
             return self._fail(incoming, "digest_mismatch")
         assert incoming.link is not None and incoming.first_frame_us is not None
         self._forget(incoming)
@@ -266,7 +290,7 @@ class Target:
         self._forget(incoming)
         self._counters[f"arrivals_failed:{reason}"] += 1
         refused: list[object] = []
-        if incoming.link is not None and reason != "link_lost":
+        if incoming.link is not None and reason not in ("link_lost", "source_aborted"):
             code = TransferRefusal.CORRUPT
             refused = [Send(incoming.link, self._reply_to(FrameKind.REFUSED, incoming, 0, code))]
         return [*refused, ArrivalFailed(seq_id=incoming.seq_id, reason=reason)]

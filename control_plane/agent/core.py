@@ -50,7 +50,7 @@ from engine.base.machine import (
 from engine.kv.schema import CacheSchema
 from engine.types import Role
 from kv_transfer import reports
-from kv_transfer.codecs import codecs
+from kv_transfer.codecs import choose, codecs
 from kv_transfer.custody import Custody
 from kv_transfer.source import Binding, Delivered, DeliveryFailed, Source
 from kv_transfer.target import ArrivalFailed, Arrived, Target
@@ -137,6 +137,7 @@ class WorkerCore:
             mint_transfer_id=lambda: random.randbytes(16),
             job_keys=job_keys,
             counters=self.counters,
+            vocab_size=config.vocab_size,
         )
         self._prefill = PrefillRole(source=self._source, custody=self.custody)
         self._decode = decode.DecodeRole(
@@ -344,7 +345,9 @@ class WorkerCore:
     def _on_bind(self, link: LinkName, message: pb.Bind, now_us: int) -> list[object]:
         attempt = self._attempts.find(link, message.request, message.attempt)
         if attempt is None:
-            return []  # the attempt ended while Bind was under way; the router hears, or has heard, how
+            # It ended while Bind was under way. A failure the router hears of; a delivery to another target it may
+            # never (that target is lost, with its Committed), and would wait for ever for a transfer from nobody.
+            return [self._refuse_attempt(link, message, Status.UNAVAILABLE, "unknown_attempt")]
         if message.target == self.config.worker_id:
             return self._bind_here(attempt, message.target_attempt)
         peer = f"bulk/{message.target}"
@@ -353,7 +356,7 @@ class WorkerCore:
             transfer_id=message.transfer_id,
             epoch=message.target_epoch,
             skip_tokens=message.skip_tokens,
-            codec=message.codec if message.codec in codecs.names() else "raw",
+            codec=choose(message.codec, codecs.names(), self.config.schema.kv),
             target_attempt=message.target_attempt,
         )
         if peer not in self._targets:
@@ -535,7 +538,7 @@ class WorkerCore:
         failed = pb.AttemptFailed(request=attempt.request, attempt=attempt.attempt, status=status.value, reason=reason)
         return self._to_router(attempt.link, failed=failed)
 
-    def _refuse_attempt(self, link: LinkName, message: pb.Prefill, status: Status, reason: str) -> Send:
+    def _refuse_attempt(self, link: LinkName, message: pb.Prefill | pb.Bind, status: Status, reason: str) -> Send:
         self.counters[f"attempts_refused:{reason}"] += 1
         failed = pb.AttemptFailed(request=message.request, attempt=message.attempt, status=status.value, reason=reason)
         return self._to_router(link, failed=failed)

@@ -15,9 +15,11 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from random import SystemRandom
 
 from control_plane.agent.core import Config, Drain, Drained, WorkerCore
+from control_plane.agent.trace import Trace, TracedMachine
 from control_plane.lifecycle import Shutdown, configure_logging
 from control_plane.model_choice import ModelChoice, choose_model
 from control_plane.options import EngineOptions, ExecutorKind, WorkerOptions
@@ -37,6 +39,7 @@ from kv_transfer.transports.grpc import GrpcTransport
 log = logging.getLogger("triptych.worker")
 
 FAILPOINTS_VARIABLE = "TRIPTYCH_FAILPOINTS"  # tests arm them; nothing can over the network
+TRACE_VARIABLE = "TRIPTYCH_TRACE"  # a folder: benches read there what the workers did, and when
 SWITCH_INTERVAL_S = 0.0005  # Python's default of 5 ms is a stall per message beside a busy engine thread
 LOAD_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 10.0
@@ -68,6 +71,7 @@ class _Worker:
         self._model = model
         self._shutdown = shutdown
         self._drained = asyncio.Event()
+        self._trace = _open_trace(options.name)
         self._transport = GrpcTransport()
         self._host: AsyncioHost | None = None
         columns = _columns(options.engine, model)
@@ -98,6 +102,8 @@ class _Worker:
         return EngineThread(core, build_executor, self._on_engine_events, on_crash=on_crash, cpu_set=cores)
 
     def _on_engine_events(self, events: tuple[EngineEvent, ...]) -> None:
+        if self._trace is not None:
+            self._trace.note_engine(events)
         if self._host is not None:
             self._host.deliver_engine_events(events)
 
@@ -114,7 +120,7 @@ class _Worker:
             self._core_config(), random=SystemRandom(), failpoint=self._failpoint(), count_tasks=count_tasks
         )
         self._host = AsyncioHost(
-            core,
+            core if self._trace is None else TracedMachine(core, self._trace),
             self._transport,
             outputs=self._on_output,
             engine=self._engine,
@@ -179,6 +185,8 @@ class _Worker:
             await self._host.close("shutdown")
         await self._transport.close()
         await asyncio.to_thread(self._engine.stop, STOP_TIMEOUT_S)
+        if self._trace is not None:
+            self._trace.close()
 
     async def _drain(self, host: AsyncioHost) -> None:
         if self._shutdown.crashed:
@@ -197,6 +205,11 @@ def count_tasks() -> int:
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------
+def _open_trace(name: str) -> Trace | None:
+    folder = os.environ.get(TRACE_VARIABLE)
+    return Trace(Path(folder) / f"{name}.jsonl", lambda: time.monotonic_ns() // 1_000) if folder else None
+
+
 def _executor(options: WorkerOptions, model: ModelChoice, arena: Arena) -> Executor:
     """Built on the engine thread. Imports torch only for the executor that is torch."""
     kind = options.engine.executor

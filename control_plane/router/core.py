@@ -11,6 +11,7 @@ Not here: HTTP, gRPC, text (the edge), what a worker does with a message, who is
 """
 
 import heapq
+from bisect import bisect
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ from engine.base.machine import Close, Dial, LinkLost, LinkName, LinkUp, Receive
 from engine.types import FinishReason, Role
 
 CONTROLLER: LinkName = "controller"
+ENGINE_FAILURES_MAX = 2  # one failure may be the engine's fault; a second is the request's, and finds no third victim
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,21 +158,23 @@ class RouterCore:
     def _give_up(self, now_us: int) -> list[object]:
         over = {role for role, until_us in self._absent_until_us.items() if until_us <= now_us} - self._given_up
         self._given_up |= over
-        stranded = [(request, role) for request in self._requests.values() for role in over & self._lacks(request)]
-        return [
-            action
-            for request, role in stranded
-            if request.id in self._requests
-            for action in self._end(request, now_us, error=self._no_worker(role))
-        ]
+        requests = list(self._requests.values()) if over else []
+        return [action for request in requests for action in self._end_if_stranded(request, now_us)]
+
+    def _end_if_stranded(self, request: LiveRequest, now_us: int) -> list[object]:
+        role = self._stranded_by(request)
+        return [] if role is None else self._end(request, now_us, error=self._no_worker(role))
+
+    def _stranded_by(self, request: LiveRequest) -> Role | None:
+        """The role that was given up and without which the request cannot go on from where it is."""
+        return next((role for role in self._lacks(request) if role in self._given_up), None)
 
     @staticmethod
-    def _lacks(request: LiveRequest) -> set[Role]:
-        """Roles without which the request cannot go on from where it is."""
+    def _lacks(request: LiveRequest) -> Sequence[Role]:
         if request.stage is Stage.QUEUED:
-            return {Role.PREFILL, Role.DECODE} if request.needs_target else {Role.PREFILL}
+            return (Role.PREFILL, Role.DECODE) if request.needs_target else (Role.PREFILL,)
         seeks = request.stage in (Stage.PREFILL, Stage.RESERVING) and request.target is None
-        return {Role.DECODE} if seeks and request.needs_target else set()
+        return (Role.DECODE,) if seeks and request.needs_target else ()
 
     # -- the controller ------------------------------------------------------------------------------------------------
     def _dial_controller(self) -> list[object]:
@@ -182,6 +186,8 @@ class RouterCore:
         if self._controller is None:
             return []
         envelope = self._controller.open_untrusted(pb.ControllerToRouter, message)
+        if envelope.WhichOneof("body") != "table":
+            raise FrameError("body")
         if not self.pool.adopt(envelope.table):
             self.counters["stale_tables", ""] += 1
             return [Close(CONTROLLER, "stale_term")]
@@ -204,7 +210,7 @@ class RouterCore:
             return [Send(CONTROLLER, self._controller.seal(pb.RouterToController(register=register)))]
         worker = self.pool.by_link(link)
         if worker is not None:
-            worker.session = Session()
+            self.pool.on_link_up(worker)
         return []
 
     def _on_link_lost(self, link: LinkName, reason: str, now_us: int) -> list[object]:
@@ -223,6 +229,7 @@ class RouterCore:
         holders = self._at(worker.id)
         actions = [action for request in holders for action in self._on_holder_lost(request, worker, now_us)]
         worker.prefill_tokens = worker.bound = 0
+        self.pool.forget_unlisted(worker)
         return actions
 
     def _at(self, worker_id: str) -> list[LiveRequest]:
@@ -259,7 +266,7 @@ class RouterCore:
             case "tokens":
                 return self._on_tokens(worker, envelope.tokens, now_us)
             case "status":
-                self.pool.on_status(worker, envelope.status)
+                self.pool.on_status_untrusted(worker, envelope.status)
                 self._note_absences(now_us)
                 return []
             case "first_token":
@@ -282,7 +289,7 @@ class RouterCore:
     def _on_submit(self, submit: Submit, now_us: int) -> list[object]:
         deadline_ms = min(submit.deadline_ms or self.config.deadline_ms, limits.REQUEST_DEADLINE_MS_MAX)
         request = LiveRequest(self._next_id, submit, now_us, now_us + deadline_ms * 1_000)
-        refusal = self._refusal(submit)
+        refusal = self._refusal(request)
         if refusal is not None:
             self.counters["rejections", refusal.status.value] += 1
             return [Ended(key=submit.key, error=refusal, stats=request.stats)]
@@ -293,23 +300,24 @@ class RouterCore:
         self._enqueue(request)
         return []
 
-    def _refusal(self, submit: Submit) -> TriptychError | None:
+    def _refusal(self, request: LiveRequest) -> TriptychError | None:
         if not self.admitting:
             return Unavailable("shutting down", retry_after_ms=limits.RETRY_AFTER_MS)
-        for role in self._given_up:
+        if (role := self._stranded_by(request)) is not None:
             return self._no_worker(role)
         if len(self._requests) >= self.config.requests_max:
             text = f"too many requests in flight (limit {self.config.requests_max})"
             return ResourceExhausted(text, retry_after_ms=limits.RETRY_AFTER_MS)
-        if self._queued_tokens + len(submit.token_ids) > self.config.queued_tokens_max and self._queue:
+        if self._queued_tokens + len(request.token_ids) > self.config.queued_tokens_max and self._queue:
             text = f"too many prompt tokens waiting (limit {self.config.queued_tokens_max})"
             return ResourceExhausted(text, retry_after_ms=limits.RETRY_AFTER_MS)
         return None
 
-    def _enqueue(self, request: LiveRequest, *, first: bool = False) -> None:
+    def _enqueue(self, request: LiveRequest) -> None:
+        """In order of submission: one that comes back finds its old place in line (reliability A3)."""
         self._enter(request, Stage.QUEUED)
         self._queued_tokens += len(request.token_ids)
-        (self._queue.appendleft if first else self._queue.append)(request)
+        self._queue.insert(bisect(self._queue, request.id, key=lambda queued: queued.id), request)
 
     def _dequeue(self, request: LiveRequest) -> None:
         self._queue.remove(request)
@@ -319,7 +327,7 @@ class RouterCore:
         """Send the queue's head to prefill workers while there are any. A worker's own queue is its business."""
         actions: list[object] = []
         workers = self.pool.holding(Role.PREFILL)
-        while self._queue and (choice := choose_prefill(workers)) is not None:
+        while self._queue and (choice := choose_prefill(workers, avoid=self._queue[0].failed_at)) is not None:
             request = self._queue[0]
             self._dequeue(request)
             self.counters["placements", f"prefill_{choice.reason}"] += 1
@@ -354,22 +362,26 @@ class RouterCore:
             return []
         return self._seek_target(request, now_us)
 
-    def _seek_target(self, request: LiveRequest, now_us: int) -> list[object]:
+    def _seek_target(self, request: LiveRequest, now_us: int, *, avoid: str | None = None) -> list[object]:
+        """Ask decode workers in turn; `avoid` has just failed, so it is the last resort (reliability B1)."""
         self._enter(request, Stage.RESERVING)
         request.target = None
-        request.refused.clear()
+        request.refused = set() if avoid is None else {avoid}
         return self._choose_target(request, now_us)
 
     def _choose_target(self, request: LiveRequest, now_us: int) -> list[object]:
         assert request.source is not None
         source = self.pool.get(request.source.worker)
         assert source is not None
-        choice = choose_decode(self.pool.holding(Role.DECODE), source=source, refused=request.refused)
-        if choice is None and Role.DECODE in self._given_up:
-            return self._end(request, now_us, error=self._no_worker(Role.DECODE))
+        refused = request.refused | {source.id} if request.moving else request.refused
+        choice = choose_decode(self.pool.holding(Role.DECODE), source=source, refused=refused)
+        if choice is None and request.moving:
+            # A move never waits (DESIGN 1): the giver's columns are what others there wait for, and two givers that
+            # waited for each other would wait for ever. Its prefix is computed again instead; nothing was lost.
+            return self._start_over(request, now_us)
         if choice is None:
             request.retry_us = now_us + limits.RESERVE_RETRY_MS * 1_000
-            return []
+            return self._end_if_stranded(request, now_us)
         self.counters["placements", f"decode_{choice.reason}"] += 1
         request.target = Placement(choice.worker.id, request.next_attempt())
         request.stats.decode_worker = choice.worker.id
@@ -435,6 +447,8 @@ class RouterCore:
         request = self._from_target(worker, message)
         if request is None or request.stage is not Stage.RESERVING:
             return []
+        if message.reason not in pb.Refusal.values():
+            raise FrameError("refusal")
         self.counters["reservations_refused", pb.Refusal.Name(message.reason).lower()] += 1
         if message.reason == pb.INVALID:
             return self._end(request, now_us, error=Internal("a decode worker found the request invalid"))
@@ -448,29 +462,31 @@ class RouterCore:
         request = self._from_source(worker, message)
         if request is None:
             return []
-        self._unload_prefill(request)
+        finish = finish_from_wire_untrusted(message.finish)
         if request.submit.sampling.max_tokens == 0:
             return self._end(request, now_us, finish=FinishReason.LENGTH)
-        finish = finish_from_wire_untrusted(message.finish)
         return self._forward(request, message.position, [message.token_id], finish, now_us)
 
     def _on_tokens(self, worker: Worker, message: pb.Tokens, now_us: int) -> list[object]:
         columns = (message.requests, message.attempts, message.positions, message.token_ids, message.finishes)
         if len({len(column) for column in columns}) != 1:
             raise FrameError("length")
+        if not FINISH_REASONS.keys() >= set(message.finishes):
+            raise FrameError("finish")
         actions: list[object] = []
         for request_id, attempt, position, token_id, finish in zip(*columns, strict=True):
             request = self._requests.get(request_id)
             if request is None or request.target != Placement(worker.id, attempt):
                 self.counters["stale_tokens", ""] += 1
                 continue
-            actions += self._forward(request, position, [token_id], FINISH_REASONS.get(finish), now_us)
+            actions += self._forward(request, position, [token_id], FINISH_REASONS[finish], now_us)
         return actions
 
     def _forward(
         self, request: LiveRequest, position: int, token_ids: list[int], finish: FinishReason | None, now_us: int
     ) -> list[object]:
         """Position n once, in order. A repeat is welcome news twice; a gap means that something was lost."""
+        self._unload_prefill(request)
         expected = len(request.emitted)
         if position < expected:
             return []
@@ -492,6 +508,7 @@ class RouterCore:
         self._enter(request, Stage.DECODE)
         self._unload_prefill(request)
         request.source = None
+        request.moving = False
         request.mark("committed", now_us)
         stats = request.stats
         stats.codec = message.codec
@@ -505,19 +522,22 @@ class RouterCore:
     # -- attempts that end without the request -------------------------------------------------------------------------
     def _on_relocate(self, worker: Worker, message: pb.Relocate, now_us: int) -> list[object]:
         """A holder of whole KV needs another target: its first one failed, or it must give the request away."""
-        if message.reason == pb.Relocate.TRANSFER_FAILED:
-            request = self._from_source(worker, message)
-            if request is None or request.target is None or request.target.attempt != message.target_attempt:
-                return []  # we knew: that binding was replaced already
-            return self._rebind(request, now_us)
-        request = self._from_target(worker, message)
-        if request is None or request.stage is not Stage.DECODE:
-            return []
-        if len(message.token_ids) != len(request.token_ids):
+        if message.reason not in pb.Relocate.Reason.values():
+            raise FrameError("relocate")
+        failed = message.reason == pb.Relocate.TRANSFER_FAILED
+        request = self._from_source(worker, message) if failed else self._from_target(worker, message)
+        if request is None:
+            # It holds KV that nobody wants any more. One such: its target committed, and the answer was lost.
+            return [self._send(worker, abort=pb.Abort(request=message.request, attempt=message.attempt))]
+        if failed:
+            known = request.target is None or request.target.attempt != message.target_attempt
+            return [] if known else self._rebind(request, now_us)  # known: that binding was replaced already
+        if request.stage is not Stage.DECODE or len(message.token_ids) != len(request.token_ids):
             return self._restart(request, now_us)
         self.counters["relocations", pb.Relocate.Reason.Name(message.reason).lower()] += 1
         worker.bound = max(0, worker.bound - 1)
         request.source, request.target = request.target, None
+        request.moving = True
         request.context_tokens = len(request.token_ids) - 1  # the last token is pending: sampled, its KV not computed
         return self._seek_target(request, now_us)
 
@@ -530,34 +550,40 @@ class RouterCore:
         if message.status == "invalid_argument":
             return self._end(request, now_us, error=InvalidArgument(f"refused by a worker: {message.reason}"))
         if message.status == "internal":
-            request.poisonous = True
-            request.losses = max(request.losses, self.config.attempts_max - 2)  # one more try, and no third victim
+            request.engine_failures += 1
         if place == request.target and request.stage in (Stage.RESERVING, Stage.TRANSFER):
             return self._rebind(request, now_us)
+        request.failed_at = worker.id
         return self._restart(request, now_us)
 
     def _rebind(self, request: LiveRequest, now_us: int) -> list[object]:
         """The source still holds the whole KV: only the target is sought again."""
         if self._is_spent(request):
             return self._end(request, now_us, error=self._spent(request))
-        return [*self._abort_at(request.target, request), *self._seek_target(request, now_us)]
+        avoid = request.target.worker if request.target is not None else None
+        return [*self._abort_at(request.target, request), *self._seek_target(request, now_us, avoid=avoid)]
 
     def _restart(self, request: LiveRequest, now_us: int) -> list[object]:
-        """Nobody certainly holds the KV: prefill prompt + emitted tokens again, in the request's old place in line."""
+        """Nobody certainly holds the KV: prefill prompt + emitted tokens again."""
         if self._is_spent(request):
             return self._end(request, now_us, error=self._spent(request))
+        return self._start_over(request, now_us)
+
+    def _start_over(self, request: LiveRequest, now_us: int) -> list[object]:
         actions = self._abort_everywhere(request)
+        request.moving = False
         request.retry_us = None
-        self._enqueue(request, first=True)
-        return actions
+        self._enqueue(request)
+        return [*actions, *self._end_if_stranded(request, now_us)]
 
     def _is_spent(self, request: LiveRequest) -> bool:
         request.losses += 1
-        return request.losses >= self.config.attempts_max
+        return request.losses >= self.config.attempts_max or request.engine_failures >= ENGINE_FAILURES_MAX
 
     def _spent(self, request: LiveRequest) -> TriptychError:
         text = f"given up after {request.losses} lost placements"
-        return Internal(text) if request.poisonous else Unavailable(text, retry_after_ms=limits.RETRY_AFTER_MS)
+        poisonous = request.engine_failures >= ENGINE_FAILURES_MAX
+        return Internal(text) if poisonous else Unavailable(text, retry_after_ms=limits.RETRY_AFTER_MS)
 
     @staticmethod
     def _no_worker(role: Role) -> TriptychError:

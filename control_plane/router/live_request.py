@@ -43,7 +43,9 @@ class LiveRequest:
     refused: set[str] = field(default_factory=set)  # targets that said no in this round
     attempts: int = 0  # attempt numbers used; never reused
     losses: int = 0  # placements lost; bounded by ATTEMPTS_MAX
-    poisonous: bool = False  # a worker's engine failed on it
+    moving: bool = False  # its source is a decode worker that gives it away
+    failed_at: str = ""  # the prefill worker that gave it up last
+    engine_failures: int = 0  # workers whose engine failed on it; bounded by ENGINE_FAILURES_MAX
     prefill_load_tokens: int = 0  # what it adds to its prefill worker's queue, by our count
     retry_us: int | None = None  # when to ask full targets again
     stats: RequestStats = field(default_factory=RequestStats)

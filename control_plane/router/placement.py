@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from control_plane.router.workers import Worker
+from engine.types import Role
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,16 +17,18 @@ class Choice:
     reason: str  # "only" | "least_loaded" | "local"
 
 
-def choose_prefill(workers: Sequence[Worker]) -> Choice | None:
-    """The worker with the fewest prompt tokens ahead of a new one."""
+def choose_prefill(workers: Sequence[Worker], *, avoid: str = "") -> Choice | None:
+    """The worker with the fewest prompt tokens ahead of a new one; `avoid` has just failed: it is the last resort."""
     if not workers:
         return None
-    chosen = min(workers, key=lambda w: (w.prefill_tokens, w.status.running, w.id))
+    chosen = min(workers, key=lambda w: (w.id == avoid, w.prefill_tokens, w.status.running, w.id))
     return Choice(chosen, "only" if len(workers) == 1 else "least_loaded")
 
 
 def choose_decode(workers: Sequence[Worker], *, source: Worker, refused: Collection[str]) -> Choice | None:
-    """Where the KV goes. Staying costs nothing and wins whenever the source decodes too and has not refused."""
+    """Where the KV goes. Staying costs nothing and wins whenever the source decodes too and has not refused. Where
+    nobody decodes, a source that drains finishes what it has begun: its drain ends no sooner by waiting for others."""
+    workers = workers or ([source] if source.has(Role.DECODE) else [])
     candidates = [w for w in workers if w.id not in refused and w.info.schema_digest == source.info.schema_digest]
     if not candidates:
         return None

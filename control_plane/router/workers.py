@@ -11,6 +11,7 @@ from control_plane.router.requests import WorkerView
 from control_plane.wire import session_pb2 as pb
 from control_plane.wire.session import Session
 from engine.base import limits
+from engine.base.errors import FrameError
 from engine.base.machine import LinkName
 from engine.types import Role
 
@@ -20,11 +21,16 @@ LINK_PREFIX = "worker/"
 
 @dataclass(slots=True)
 class Worker:
-    """One worker process. `session` is None while there is no link to it."""
+    """One worker process. `session` is None while there is no link to it.
+
+    The table says which process should be at an address. `status` is empty until whoever answered the dial has said
+    that it is the one.
+    """
 
     info: pb.WorkerInfo
     session: Session | None = None
-    redial_us: int | None = 0
+    redial_us: int | None = 0  # None while a link is open or being dialled
+    listed: bool = True  # in the newest table
     status: pb.WorkerStatus = field(default_factory=pb.WorkerStatus)
     prefill_tokens: int = 0  # sent and not yet prefilled, by our own count: the status is a heartbeat old
     bound: int = 0  # reservations and decodes of ours there
@@ -39,7 +45,7 @@ class Worker:
 
     @property
     def serving(self) -> bool:
-        return self.session is not None and self.info.state == SERVING
+        return self.session is not None and self.status.state == SERVING
 
     def has(self, role: Role) -> bool:
         return role.value in self.info.roles
@@ -61,7 +67,8 @@ class WorkerPool:
 
     def adopt(self, table: pb.WorkerTable) -> bool:
         """Take the controller's table, unless its term is older than one already obeyed. Workers that it no longer
-        lists are forgotten once they have no session: the link, not the table, says whether one is alive."""
+        lists are forgotten once they have no link and none is being dialled: the link, not the table, says whether
+        one is alive."""
         if table.term < self.term:
             return False
         self.term = table.term
@@ -72,10 +79,16 @@ class WorkerPool:
                 self._workers[worker_id] = Worker(info)
             else:
                 self._refresh(known, info)
-        gone = [w.id for w in self if w.id not in listed and w.session is None]
-        for worker_id in gone:
-            del self._workers[worker_id]
+        for worker in tuple(self):
+            worker.listed = worker.id in listed
+            if worker.redial_us is not None:
+                self.forget_unlisted(worker)
         return True
+
+    def forget_unlisted(self, worker: Worker) -> None:
+        """Without a link, and without the controller's word that it exists, a worker is nobody."""
+        if not worker.listed:
+            del self._workers[worker.id]
 
     @staticmethod
     def _refresh(worker: Worker, info: pb.WorkerInfo) -> None:
@@ -83,7 +96,14 @@ class WorkerPool:
         if worker.session is None or info.epoch > worker.info.epoch:
             worker.info.CopyFrom(info)
 
-    def on_status(self, worker: Worker, status: pb.WorkerStatus) -> None:
+    def on_link_up(self, worker: Worker) -> None:
+        worker.session = Session()
+        worker.status = pb.WorkerStatus()
+
+    def on_status_untrusted(self, worker: Worker, status: pb.WorkerStatus) -> None:
+        """Raises FrameError: another process has that address now (reliability lesson 8: identity is the id)."""
+        if status.worker != worker.id:
+            raise FrameError("identity")
         worker.status = status
         worker.info.epoch = status.epoch
         worker.info.state = status.state

@@ -2,20 +2,21 @@
 
 Axes as in KIVI (Liu et al., "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache", arXiv 2402.02750), but
 symmetric and with eight bits: keys share a scale per channel over 64 tokens, because a few channels of a key are
-always large; values, and streams that are not keys and values, share one per token and head. Measured, one scale per
-token against one per channel, root mean square error of a unit query's logits: plain Gaussian keys 0.0060 / 0.0054,
-two channels 10 times larger 0.027 / 0.010, 30 times larger 0.081 / 0.023. With eight bits no token needs to stay raw:
-a sink's scale is its own in V, and in K it costs its 64 neighbours one bit or two of eight.
+always large; values, and streams that are not keys and values, share one per token and head. Measured on Gaussian keys
+(head dim 64, 1,024 tokens), error of a Gaussian query's logits, one scale per token against one per channel: 0.0060 /
+0.0060; with two channels 10 times larger 0.028 / 0.010; 30 times larger 0.081 / 0.026. No token stays raw as in codecs
+of fewer bits: a sink's scale is its own in V, and a sink key four times larger than its 64 neighbours costs those two
+bits of eight.
 
 Loses up to half a step per number. A scale is a bfloat16, rounded up: the range of float32, so that it neither
 overflows nor vanishes where float16 would, and no number is ever clipped. Rows of zeros stay zeros; what is below
-1.5e-36 becomes zero. Infinities, NaN and numbers within 1 % of the dtype's largest are `Unencodable`.
+1.5e-36 becomes zero. Infinities, NaN and numbers within about 1 % of the dtype's largest are `Unencodable`.
 
     payload    panel | panel | ...      panel: scales (bfloat16), then codes (int8), each C-contiguous
     panels     keys and values:  K, whole groups of 64 tokens | K, the remaining tokens | V
                other streams:    everything
 
-Legend: L layers, H kv heads, P parts, T tokens, G groups, S tokens of a group, D head dim, X bytes of D numbers.
+Legend: L layers, H kv heads, P parts, T tokens, D head dim, X bytes of D numbers.
 """
 
 from collections.abc import Iterator

@@ -29,8 +29,8 @@ from engine.types import SamplingParams
 from tests.scenarios.runner import Script, Words
 from tests.scenarios.words import Names, fill, read_numbers, write_envelope, write_numbers
 
-SCHEMA_DIGEST = b"schema of model A"[:16]
-OTHER_SCHEMA_DIGEST = b"schema of model B"[:16]
+SCHEMA_DIGEST = b"schema of A".ljust(16)
+OTHER_SCHEMA_DIGEST = b"schema of B".ljust(16)
 
 
 def names() -> Names:

@@ -7,12 +7,15 @@ import pytest
 
 from tests.scenarios.control_scripts import ControllerScript, RouterScript
 from tests.scenarios.runner import Script, play
+from tests.scenarios.transfer_scripts import SourceScript, TargetScript
 
 FOLDER = Path(__file__).parent
 SCENARIOS = sorted(FOLDER.glob("*/*.txt"))
 SCRIPTS: dict[str, type[Script]] = {
     "controller": ControllerScript,
     "router": RouterScript,
+    "source": SourceScript,
+    "target": TargetScript,
 }
 
 

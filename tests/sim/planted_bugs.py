@@ -1,0 +1,170 @@
+"""Planted bugs: what others shipped (reliability, lessons 1 to 8), put into our machines on purpose, one at a time.
+
+They measure the tests, not the product: a virtual cluster that does not notice one of these would not notice the real
+thing. Each replaces one method of a machine while its context lasts; the product has no switch for any of them.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
+from typing import Any, TypeAlias
+from unittest.mock import patch
+
+from control_plane.agent.attempts import Attempt
+from control_plane.agent.core import WorkerCore
+from control_plane.router.core import RouterCore
+from control_plane.router.live_request import LiveRequest, Placement, Stage
+from engine.base.errors import FrameError
+from engine.base.machine import Command, LinkName
+from engine.commands import Prefilled, Release
+from kv_transfer import frame as frames
+from kv_transfer.custody import Custody
+from kv_transfer.frame import FrameHeader, FrameKind
+from kv_transfer.target import Target, _Incoming
+from prefill_worker.role import PrefillRole
+from tests.sim.cluster import VirtualCluster
+
+Plant: TypeAlias = Callable[[], Any]
+"""Makes a context in which the bug is there."""
+
+BUGS: dict[str, Plant] = {}
+
+
+def _bug(plant: Callable[[], Iterator[None]]) -> Callable[[], Iterator[None]]:
+    BUGS[plant.__name__] = contextmanager(plant)
+    return plant
+
+
+@_bug
+def lesson_1_source_lets_go_too_early() -> Iterator[None]:
+    """The prefill is done, so its units are free, whether or not the target has read them all."""
+    on_prefilled = PrefillRole.on_prefilled
+
+    def lets_go(self: PrefillRole, event: Prefilled, now_us: int) -> list[object]:
+        return [*on_prefilled(self, event, now_us), Command(Release(seq_id=event.seq_id))]
+
+    with patch.object(PrefillRole, "on_prefilled", lets_go):
+        yield
+
+
+@_bug
+def lesson_2_abort_frees_under_a_writer() -> Iterator[None]:
+    """An ended request's units are free at once, although a codec thread still writes to them."""
+
+    def release_at_once(self: Custody, seq_id: int) -> list[Command]:
+        holding = self._holdings.get(seq_id)
+        if holding is None or holding.ended:
+            return []
+        holding.ended = True
+        self._holdings.pop(seq_id) if not holding.jobs else None
+        return [Command(Release(seq_id=seq_id))]
+
+    with patch.object(Custody, "end", release_at_once):
+        yield
+
+
+@_bug
+def lesson_3_jobs_are_a_boolean() -> Iterator[None]:
+    """Two jobs under way count as one: the first to return frees what the other still uses."""
+
+    def enter(self: Custody, seq_id: int) -> None:
+        self._holdings[seq_id].jobs = 1
+
+    def leave(self: Custody, seq_id: int) -> list[Command]:
+        if (holding := self._holdings.get(seq_id)) is None:
+            return []
+        holding.jobs = 0
+        return self._release_if_idle(seq_id)
+
+    with patch.object(Custody, "enter", enter), patch.object(Custody, "leave", leave):
+        yield
+
+
+@_bug
+def lesson_4_reaping_needs_new_work() -> Iterator[None]:
+    """What is overdue is looked for when something new is scheduled, and at no other time."""
+    on_prefill, on_tick = WorkerCore._on_prefill, WorkerCore._on_tick
+
+    def reap_then_prefill(self: WorkerCore, link: LinkName, message: Any, now_us: int) -> list[object]:
+        return [*self._settle(self._source.on_tick(now_us), now_us), *on_prefill(self, link, message, now_us)]
+
+    def tick_without_reaping(self: WorkerCore, now_us: int) -> list[object]:
+        with patch.object(self._source, "on_tick", lambda now_us: []):
+            return on_tick(self, now_us)
+
+    with (
+        patch.object(WorkerCore, "_on_prefill", reap_then_prefill),
+        patch.object(WorkerCore, "_on_tick", tick_without_reaping),
+        patch("kv_transfer.source.Source.next_deadline_us", None),
+    ):
+        yield
+
+
+@_bug
+def lesson_5_cancel_drops_the_record_only() -> Iterator[None]:
+    """The queue's item is removed; the memory that it stood for is nobody's."""
+
+    def drop(self: WorkerCore, attempt: Attempt) -> list[object]:
+        self._attempts.forget(attempt.seq_id)
+        return []
+
+    with patch.object(WorkerCore, "_drop", drop):
+        yield
+
+
+@_bug
+def lesson_6_cancel_in_the_gap() -> Iterator[None]:
+    """A target that has been asked for memory, and has not answered yet, is not told that nobody wants it."""
+    abort_at = RouterCore._abort_at
+
+    def abort_known_holders(self: RouterCore, place: Placement | None, request: LiveRequest) -> list[object]:
+        unanswered = request.stage is Stage.RESERVING and place is not None and place == request.target
+        actions = abort_at(self, place, request)
+        return [] if unanswered else actions
+
+    with patch.object(RouterCore, "_abort_at", abort_known_holders):
+        yield
+
+
+@_bug
+def lesson_7_decode_starts_on_partial_kv() -> Iterator[None]:
+    """END says that everything was sent; that it has arrived is taken for granted."""
+    commit_if_whole = Target._commit_if_whole
+
+    def commit(self: Target, incoming: _Incoming, now_us: int) -> list[object]:
+        if incoming.end is None:
+            return []
+        incoming.digest = incoming.end.digest
+        incoming.cells = self.schema.kv.layers * (incoming.context_tokens - incoming.skip_tokens)
+        incoming.placed = dict.fromkeys(range(incoming.end.frames), 0)
+        return commit_if_whole(self, incoming, now_us)
+
+    with patch.object(Target, "_commit_if_whole", commit):
+        yield
+
+
+@_bug
+def lesson_8_identity_is_a_name() -> Iterator[None]:
+    """A restarted worker has its old id, counts its transfers from 1 again, and takes frames from any link."""
+    build_core, match = VirtualCluster._build_core, Target._match_untrusted
+    target_init = Target.__init__
+
+    def init(self: Target, *args: Any, **kwargs: Any) -> None:
+        numbers = count(1)
+        kwargs["mint_transfer_id"] = lambda: next(numbers).to_bytes(16, "big")
+        target_init(self, *args, **kwargs)
+
+    def match_any_link(self: Target, link: LinkName, header: FrameHeader, data: bytes) -> _Incoming | None:
+        if incoming := self._transfers.get(header.transfer_id):
+            incoming.link = None
+        return match(self, link, header, data)
+
+    def build_core_by_name(self: VirtualCluster, name: str, identity: str) -> Any:
+        return build_core(self, name, identity=name)
+
+    with (
+        patch.object(Target, "__init__", init),
+        patch.object(Target, "_match_untrusted", match_any_link),
+        patch.object(VirtualCluster, "_build_core", build_core_by_name),
+    ):
+        yield
