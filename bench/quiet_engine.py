@@ -68,7 +68,7 @@ class Flood:
         """Bytes per second that were acknowledged since `on`."""
         await self._tell("off")
         report = json.loads(await self._hear())
-        return float(report["bytes_acknowledged"] / report["seconds"])
+        return float(report["bytes"] / report["seconds"])
 
     async def ready(self) -> None:
         if await self._hear() != "ready":

@@ -21,6 +21,8 @@ from engine.executors import Executor
 
 logger = logging.getLogger(__name__)
 
+INTEGRITY_CHECK_INTERVAL_US = 1_000_000  # a check takes milliseconds; a burst of short requests should not pay for many
+
 OnEvents = Callable[[tuple[EngineEvent, ...]], None]
 
 
@@ -47,6 +49,7 @@ class EngineThread:
         # None asks the thread to end.
         self._commands: queue.SimpleQueue[EngineCommand | None] = queue.SimpleQueue()
         self._stopping = False
+        self._next_check_us = 0
         self._last_load: EngineLoad | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -97,6 +100,8 @@ class EngineThread:
     def _handle_commands(self, *, wait: bool) -> None:
         """Everything that is in the queue. Without work, waits: only a command, or `stop`, can change that."""
         events: list[EngineEvent] = []
+        if wait and self._commands.empty():
+            self._check_when_idle()
         try:
             command = self._commands.get(block=wait)
             while command is not None:
@@ -106,6 +111,14 @@ class EngineThread:
         except queue.Empty:
             pass
         self._publish(events)
+
+    def _check_when_idle(self) -> None:
+        """Conservation of columns (I3) is recomputed from the tables while nobody waits for us; a breach is a bug of
+        ours, and ends the worker before it can serve from memory that two requests own."""
+        now_us = self._now_us()
+        if now_us >= self._next_check_us:
+            self._next_check_us = now_us + INTEGRITY_CHECK_INTERVAL_US
+            self._core.check_integrity()
 
     def _execute(self, executor: Executor, plan: StepPlan) -> None:
         def on_layers(layer_start: int, layer_end: int) -> None:

@@ -9,6 +9,7 @@ import os
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -41,6 +42,24 @@ def _tasks_have_owners(request: pytest.FixtureRequest) -> None:
     """Every task an owner (DESIGN 2.4): an asyncio test that leaves one running fails, and names it."""
     if inspect.iscoroutinefunction(getattr(request, "function", None)):
         request.getfixturevalue("no_task_left")
+
+
+@pytest.fixture(autouse=True)
+def _columns_are_conserved(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Promise I3, after every test: whatever engine it made, no column is lost and none has two owners."""
+    from engine.core import EngineCore
+
+    made: list[EngineCore] = []
+    initialise = EngineCore.__init__
+
+    def remember(core: EngineCore, *args: Any, **kwargs: Any) -> None:
+        initialise(core, *args, **kwargs)
+        made.append(core)
+
+    monkeypatch.setattr(EngineCore, "__init__", remember)
+    yield
+    for core in made:
+        core.check_integrity()
 
 
 @pytest.fixture

@@ -44,6 +44,7 @@ SWITCH_INTERVAL_S = 0.0005  # Python's default of 5 ms is a stall per message be
 LOAD_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 10.0
 MEMORY_SHARE = 0.25  # of what is free when the worker starts, unless told
+COLUMNS_DEFAULT_MAX = 1 << 14  # the oracle's columns are tiny; their book-keeping is not
 KV_BYTES_DEFAULT_MAX = 1 << 30  # a worker on a shared machine should not take it all without being asked
 
 
@@ -237,7 +238,7 @@ def _columns(options: EngineOptions, model: ModelChoice) -> int:
     longest = -(-model.max_model_len // options.block_size) + 1
     free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     budget_bytes = min(int(free_bytes * MEMORY_SHARE), KV_BYTES_DEFAULT_MAX)
-    return max(longest, min(budget_bytes // column_bytes, 1 << 20))
+    return max(longest, min(budget_bytes // column_bytes, COLUMNS_DEFAULT_MAX))
 
 
 def _advertised_host(listen: str) -> str:

@@ -6,6 +6,7 @@ thing. Each replaces one method of a machine while its context lasts; the produc
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import count
 from typing import Any, TypeAlias
 from unittest.mock import patch
@@ -50,14 +51,13 @@ def lesson_1_source_lets_go_too_early() -> Iterator[None]:
 @_bug
 def lesson_2_abort_frees_under_a_writer() -> Iterator[None]:
     """An ended request's units are free at once, although a codec thread still writes to them."""
+    end = Custody.end
 
     def release_at_once(self: Custody, seq_id: int) -> list[Command]:
         holding = self._holdings.get(seq_id)
         if holding is None or holding.ended:
             return []
-        holding.ended = True
-        self._holdings.pop(seq_id) if not holding.jobs else None
-        return [Command(Release(seq_id=seq_id))]
+        return [*end(self, seq_id), Command(Release(seq_id=seq_id))]
 
     with patch.object(Custody, "end", release_at_once):
         yield
@@ -118,9 +118,11 @@ def lesson_6_cancel_in_the_gap() -> Iterator[None]:
     abort_at = RouterCore._abort_at
 
     def abort_known_holders(self: RouterCore, place: Placement | None, request: LiveRequest) -> list[object]:
-        unanswered = request.stage is Stage.RESERVING and place is not None and place == request.target
-        actions = abort_at(self, place, request)
-        return [] if unanswered else actions
+        if request.stage is not Stage.RESERVING or place is None or place != request.target:
+            return abort_at(self, place, request)
+        if worker := self.pool.get(place.worker):
+            worker.bound = max(0, worker.bound - 1)
+        return []
 
     with patch.object(RouterCore, "_abort_at", abort_known_holders):
         yield
@@ -134,9 +136,8 @@ def lesson_7_decode_starts_on_partial_kv() -> Iterator[None]:
     def commit(self: Target, incoming: _Incoming, now_us: int) -> list[object]:
         if incoming.end is None:
             return []
-        incoming.digest = incoming.end.digest
-        incoming.cells = self.schema.kv.layers * (incoming.context_tokens - incoming.skip_tokens)
-        incoming.placed = dict.fromkeys(range(incoming.end.frames), 0)
+        incoming.end = replace(incoming.end, frames=len(incoming.placed), digest=incoming.digest)
+        incoming.missing = 0
         return commit_if_whole(self, incoming, now_us)
 
     with patch.object(Target, "_commit_if_whole", commit):

@@ -57,7 +57,7 @@ def simulate(scenario: Scenario, *, recording: bool = False) -> Report:
         simulation.run()
     except Exception as error:
         replay = f"replay: python -m tests.sim.replay {scenario.seed}"
-        raise Violation(f"seed {scenario.seed}: {error or type(error).__name__}\n{replay}") from error
+        raise Violation(f"seed {scenario.seed}: {str(error) or repr(error)}\n{replay}") from error
     return simulation.report()
 
 
