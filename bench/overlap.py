@@ -28,7 +28,7 @@ REQUESTS = 20
 WARM_UP = 1
 VOCABULARY = 49_152
 STEP_TOKENS = 512
-ENGINE = EngineOptions(dtype=Dtype.FLOAT32, kv_cache_mib=512, step_tokens=STEP_TOKENS)
+ENGINE = EngineOptions(dtype=Dtype.BFLOAT16, kv_cache_mib=512, step_tokens=STEP_TOKENS)
 
 OVERLAP = Bar(
     name="overlap",

@@ -110,8 +110,8 @@ class Scheduler:
         unbound_prefills_max: int = limits.UNBOUND_PREFILLS_MAX
         # Admitted and not yet computed tokens: two steps ahead leaves a step's time to find a target, and more would
         # take columns from running decodes long before they are of use.
-        near_turn_tokens: int = 2 * limits.STEP_TOKENS_MAX
-        passes_max: int = 8  # after this many overtakings a prompt that does not fit stops all behind it
+        near_turn_tokens: int = limits.NEAR_TURN_TOKENS
+        passes_max: int = limits.PASSES_MAX
         max_model_len: int = limits.PROMPT_TOKENS_MAX
         eos_token_ids: frozenset[int] = frozenset()
 

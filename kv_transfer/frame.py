@@ -141,7 +141,7 @@ _REFUSAL: Final = struct.Struct("<H")
 _BODY_BYTES: Final = {FrameKind.DATA: None, FrameKind.END: None, FrameKind.REFUSED: _REFUSAL.size}  # others: none
 
 _CODEC_NAME: Final = re.compile(rb"([a-z0-9_-]{0,16})\x00*")
-_ID_BYTES: Final = 16
+TRANSFER_ID_BYTES: Final = 16
 _KINDS: Final = frozenset(FrameKind)
 _TOKENS_MAX: Final = limits.PROMPT_TOKENS_MAX + limits.OUTPUT_TOKENS_MAX
 
@@ -186,7 +186,7 @@ def serialize_end(end: End) -> bytes:
 
 def _why_not_sealable(header: FrameHeader) -> FrameReason | None:
     """Only our own mistakes: what a header that came over the wire cannot have wrong, then what it can."""
-    if not len(header.transfer_id) == len(header.schema_digest) == _ID_BYTES:
+    if not len(header.transfer_id) == len(header.schema_digest) == TRANSFER_ID_BYTES:
         return "length"
     codec = _CODEC_NAME.fullmatch(header.codec.encode())
     if codec is None or codec[1] != header.codec.encode():

@@ -150,6 +150,11 @@ class Source:
             self._queue(delivery, region)
         return actions + self._pump(outgoing, now_us)
 
+    def unbind(self, seq_id: int) -> list[object]:
+        """The binding is over, and its target is told; the sequence stays held. Idempotent."""
+        outgoing = self._outgoing.get(seq_id)
+        return [] if outgoing is None else self._unbind(outgoing)
+
     def drop(self, seq_id: int) -> list[object]:
         """The sequence is over here. Its units are `Custody`'s business. Idempotent."""
         outgoing = self._outgoing.pop(seq_id, None)

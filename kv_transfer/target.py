@@ -35,7 +35,6 @@ from kv_transfer.custody import Custody
 from kv_transfer.frame import End, FrameHeader, FrameKind, TransferRefusal
 from kv_transfer.jobs import DecodeJob
 
-
 FROM_SOURCE = frozenset({FrameKind.DATA, FrameKind.END, FrameKind.ABORT})
 
 

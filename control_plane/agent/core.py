@@ -52,6 +52,7 @@ from engine.types import Role
 from kv_transfer import reports
 from kv_transfer.codecs import choose, codecs
 from kv_transfer.custody import Custody
+from kv_transfer.frame import TRANSFER_ID_BYTES
 from kv_transfer.source import Binding, Delivered, DeliveryFailed, Source
 from kv_transfer.target import ArrivalFailed, Arrived, Target
 from prefill_worker.role import PrefillRole
@@ -121,7 +122,8 @@ class WorkerCore:
         self._attempts = AttemptTable()
         self._routers: dict[LinkName, Session] = {}
         self._sources: set[LinkName] = set()  # inbound bulk links: peers that send us frames
-        self._targets: dict[LinkName, list[tuple[int, Binding]] | None] = {}  # outbound; waiting binds until up
+        self._targets: dict[LinkName, bool] = {}  # outbound bulk links: are they up yet?
+        self._waiting: dict[int, Binding] = {}  # sequences whose target's link is being opened; the newest word counts
         self._next_status_us: int | None = None
         self._quiesce_us: int | None = None
         self._build_parts(random)
@@ -134,7 +136,7 @@ class WorkerCore:
         self._target = Target(
             config.schema,
             custody=self.custody,
-            mint_transfer_id=lambda: random.randbytes(16),
+            mint_transfer_id=lambda: random.randbytes(TRANSFER_ID_BYTES),
             job_keys=job_keys,
             counters=self.counters,
             vocab_size=config.vocab_size,
@@ -153,6 +155,7 @@ class WorkerCore:
         actions = self._dispatch(event, now_us)
         if self.state is WorkerState.DRAINING and not self.held:
             self.state = WorkerState.STANDBY
+            self._quiesce_us = None
             actions = [*actions, *self._announce(), Drained()]
         return actions
 
@@ -199,9 +202,10 @@ class WorkerCore:
         actions: list[object] = [*self._lease.on_tick(now_us)]
         actions += self._settle(self._source.on_tick(now_us), now_us)
         for attempt in self._attempts.expired(now_us):
+            self.counters["attempts_expired"] += 1
             actions += self._fail_attempt(attempt, Status.DEADLINE_EXCEEDED, "deadline", now_us)
         if self._quiesce_us is not None and self._quiesce_us <= now_us:
-            self._quiesce_us = None
+            self._quiesce_us = now_us + limits.HEARTBEAT_MS * 1_000  # again: transfers under way still arrive
             actions += self._decode.quiesce()
         if self._next_status_us is not None and self._next_status_us <= now_us:
             self._next_status_us = now_us + limits.HEARTBEAT_MS * 1_000
@@ -221,8 +225,9 @@ class WorkerCore:
         if link == CONTROLLER:
             return self._lease.on_up(now_us)
         if link in self._targets:
-            waiting, self._targets[link] = self._targets[link], None
-            return [action for seq_id, binding in waiting or () for action in self._bind(seq_id, binding, now_us)]
+            self._targets[link] = True
+            waiting = self._take_waiting(link)
+            return [action for seq_id, binding in waiting for action in self._bind(seq_id, binding, now_us)]
         try:
             kind = parse_hello_untrusted(introduction).kind
         except FrameError as error:
@@ -247,10 +252,10 @@ class WorkerCore:
             self.counters["orphans_reaped"] += len(orphans)
             return [action for attempt in orphans for action in self._drop(attempt)]
         if link in self._targets:
-            waiting = self._targets.pop(link) or []
+            del self._targets[link]
             unbound: list[object] = [
                 DeliveryFailed(seq_id=seq_id, target_attempt=binding.target_attempt, reason="link_lost")
-                for seq_id, binding in waiting
+                for seq_id, binding in self._take_waiting(link)
             ]
             return self._settle([*unbound, *self._source.on_link_lost(link)], now_us)
         self._sources.discard(link)
@@ -350,6 +355,8 @@ class WorkerCore:
             return [self._refuse_attempt(link, message, Status.UNAVAILABLE, "unknown_attempt")]
         if message.target == self.config.worker_id:
             return self._bind_here(attempt, message.target_attempt)
+        if len(message.transfer_id) != TRANSFER_ID_BYTES:
+            raise FrameError("transfer")
         peer = f"bulk/{message.target}"
         binding = Binding(
             link=peer,
@@ -359,14 +366,23 @@ class WorkerCore:
             codec=choose(message.codec, codecs.names(), self.config.schema.kv),
             target_attempt=message.target_attempt,
         )
-        if peer not in self._targets:
-            self._targets[peer] = [(attempt.seq_id, binding)]
-            return [Dial(peer, message.target_address, hello(pb.Hello.WORKER_TO_WORKER, self.config.worker_id))]
-        waiting = self._targets[peer]
-        if waiting is not None:
-            waiting.append((attempt.seq_id, binding))
+        self._waiting.pop(attempt.seq_id, None)
+        if self._targets.get(peer):
+            return self._bind(attempt.seq_id, binding, now_us)
+        self._waiting[attempt.seq_id] = binding
+        return [*self._source.unbind(attempt.seq_id), *self._dial_target(peer, message.target_address)]
+
+    def _dial_target(self, peer: LinkName, address: str) -> list[object]:
+        if peer in self._targets:
             return []
-        return self._bind(attempt.seq_id, binding, now_us)
+        self._targets[peer] = False
+        return [Dial(peer, address, hello(pb.Hello.WORKER_TO_WORKER, self.config.worker_id))]
+
+    def _take_waiting(self, link: LinkName) -> list[tuple[int, Binding]]:
+        taken = [(seq_id, binding) for seq_id, binding in self._waiting.items() if binding.link == link]
+        for seq_id, _ in taken:
+            del self._waiting[seq_id]
+        return taken
 
     def _bind(self, seq_id: int, binding: Binding, now_us: int) -> list[object]:
         role = self._prefill if self._prefill.owns(seq_id) else self._decode
@@ -375,6 +391,8 @@ class WorkerCore:
     def _bind_here(self, attempt: Attempt, target_attempt: int) -> list[object]:
         if not self._prefill.owns(attempt.seq_id):
             return []
+        if self._attempts.find(attempt.link, attempt.request, target_attempt) is not None:
+            raise FrameError("attempt")
         self._attempts.rename(attempt, target_attempt)
         actions = self._prefill.give_to_decode(attempt.seq_id)
         self._decode.adopt(attempt.work)
@@ -525,6 +543,7 @@ class WorkerCore:
     def _drop(self, attempt: Attempt) -> list[object]:
         """Forget the attempt and free what it holds, in whatever stage it is. Idempotent below."""
         self._attempts.forget(attempt.seq_id)
+        self._waiting.pop(attempt.seq_id, None)
         return [*self._prefill.abort(attempt.seq_id), *self._decode.abort(attempt.seq_id)]
 
     def _fail_attempt(self, attempt: Attempt, status: Status, reason: str, now_us: int) -> list[object]:

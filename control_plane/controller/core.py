@@ -45,6 +45,7 @@ class _Peer:
 
     kind: pb.Hello.Kind
     sender: str
+    registered: bool = False  # a router that has said which term it obeys may be told of ours
     session: Session = field(default_factory=Session)
 
 
@@ -132,6 +133,7 @@ class ControllerCore:
 
     # -- what peers say ------------------------------------------------------------------------------------------------
     def _on_router(self, link: LinkName, register: pb.RegisterRouter, now_us: int) -> list[object]:
+        self._peers[link].registered = True
         self._learn_term(register.highest_term, now_us)
         return [self._table_for(link)] if self.phase is Phase.PUBLISHING else []
 
@@ -177,8 +179,7 @@ class ControllerCore:
         self._next_publish_us = now_us + self.config.publish_every_ms * 1_000
         if self.phase is Phase.LISTENING:
             return []
-        routers = [link for link, peer in self._peers.items() if peer.kind == pb.Hello.ROUTER_TO_CONTROLLER]
-        return [self._table_for(link) for link in routers]
+        return [self._table_for(link) for link, peer in self._peers.items() if peer.registered]
 
     def _table_for(self, link: LinkName) -> Send:
         infos = [registration.info for _, registration in sorted(self._workers.items())]

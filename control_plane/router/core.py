@@ -38,7 +38,6 @@ from engine.base.machine import Close, Dial, LinkLost, LinkName, LinkUp, Receive
 from engine.types import FinishReason, Role
 
 CONTROLLER: LinkName = "controller"
-ENGINE_FAILURES_MAX = 2  # one failure may be the engine's fault; a second is the request's, and finds no third victim
 
 
 @dataclass(frozen=True, slots=True)
@@ -578,11 +577,11 @@ class RouterCore:
 
     def _is_spent(self, request: LiveRequest) -> bool:
         request.losses += 1
-        return request.losses >= self.config.attempts_max or request.engine_failures >= ENGINE_FAILURES_MAX
+        return request.losses >= self.config.attempts_max or request.engine_failures >= limits.ENGINE_FAILURES_MAX
 
     def _spent(self, request: LiveRequest) -> TriptychError:
         text = f"given up after {request.losses} lost placements"
-        poisonous = request.engine_failures >= ENGINE_FAILURES_MAX
+        poisonous = request.engine_failures >= limits.ENGINE_FAILURES_MAX
         return Internal(text) if poisonous else Unavailable(text, retry_after_ms=limits.RETRY_AFTER_MS)
 
     @staticmethod
@@ -604,7 +603,7 @@ class RouterCore:
         del self._requests[request.id]
         del self._by_key[request.submit.key]
         self._seeking.pop(request.id, None)
-        request.stats.attempts = 1 + request.losses
+        request.stats.attempts = min(1 + request.losses, self.config.attempts_max)
         request.stats.phase_ms = request.phases_ms(now_us)
         return [*actions, Ended(key=request.submit.key, finish=finish, error=error, stats=request.stats)]
 

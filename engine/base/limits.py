@@ -41,6 +41,7 @@ REQUEST_DEADLINE_MS: Final = 120_000
 REQUEST_DEADLINE_MS_MAX: Final = 600_000
 WORKER_WAIT_MS: Final = 10_000  # how long a request waits for a worker of a role to appear
 ATTEMPTS_MAX: Final = 8  # placements of one request; a poison request must not visit every worker
+ENGINE_FAILURES_MAX: Final = 2  # one may be the engine's fault; a second is the request's, and finds no third victim
 RESERVE_RETRY_MS: Final = 50  # every decode worker said FULL: ask again this much later
 
 # -- workers and leases --------------------------------------------------------------------------------------------
@@ -56,4 +57,6 @@ DRAIN_TIMEOUT_MS: Final = 30_000
 BLOCK_SIZE_TOKENS: Final = 16
 STEP_TOKENS_MAX: Final = 512  # token budget of one step (chunked prefill)
 STEP_SEQUENCES_MAX: Final = 256
+NEAR_TURN_TOKENS: Final = 2 * STEP_TOKENS_MAX  # admitted prompt tokens ahead of the computed ones: one step, one spare
+PASSES_MAX: Final = 8  # after this many overtakings a prompt that does not fit stops all behind it
 LAYERS_PER_GROUP: Final = 5  # layers computed between two "KV is ready" announcements

@@ -8,10 +8,12 @@ import pytest
 from tests.scenarios.control_scripts import ControllerScript, RouterScript
 from tests.scenarios.runner import Script, play
 from tests.scenarios.transfer_scripts import SourceScript, TargetScript
+from tests.scenarios.worker_script import WorkerScript
 
 FOLDER = Path(__file__).parent
 SCENARIOS = sorted(FOLDER.glob("*/*.txt"))
 SCRIPTS: dict[str, type[Script]] = {
+    "agent": WorkerScript,
     "controller": ControllerScript,
     "router": RouterScript,
     "source": SourceScript,

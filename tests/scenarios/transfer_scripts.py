@@ -1,7 +1,7 @@
 """Scripts for Source and Target. Frames and jobs are real: KV is encoded from one arena and decoded into another.
 
 A frame is written `data T1/0 layers=[0,4) tokens=[0,8)`: its kind, transfer, sequence number, and what it carries. Jobs
-run when the script says so (`> done 1`), and fail when it says so (`> done 1 error`); `custody` shows who may free units.
+run when the script says so (`> done 1`), or fail then (`> done 1 error`); `custody` shows whose units are still held.
 
 Source:
 
@@ -35,7 +35,7 @@ from kv_transfer.custody import Custody
 from kv_transfer.frame import End, FrameHeader, FrameKind, TransferRefusal
 from kv_transfer.jobs import EncodeJob
 from kv_transfer.source import Binding, Delivered, DeliveryFailed, Source
-from kv_transfer.target import Arrived, ArrivalFailed, Target
+from kv_transfer.target import ArrivalFailed, Arrived, Target
 from tests.scenarios.runner import Script, Words
 from tests.scenarios.words import Names, read_numbers, read_range, write_frame, write_numbers
 
@@ -109,8 +109,12 @@ class TransferScript(Script):
         if header.kind is FrameKind.REFUSED:
             refusal = TransferRefusal[rest[0].upper()]
             return frames.seal_reply(
-                header.kind, transfer_id=header.transfer_id, epoch=header.epoch, sequence=header.sequence,
-                schema_digest=header.schema_digest, refusal=refusal,
+                header.kind,
+                transfer_id=header.transfer_id,
+                epoch=header.epoch,
+                sequence=header.sequence,
+                schema_digest=header.schema_digest,
+                refusal=refusal,
             )
         return frames.seal(header, [])
 
@@ -119,8 +123,14 @@ class TransferScript(Script):
         layers, tokens = read_range(words.keyed["layers"]), read_range(words.keyed["tokens"])
         heads = read_range(words.keyed.get("heads", f"[0,{self.schema.kv.heads})"))
         header = replace(
-            header, codec=words.keyed.get("codec", "raw"), layer_start=layers[0], layer_end=layers[1],
-            token_start=tokens[0], token_end=tokens[1], head_start=heads[0], head_end=heads[1],
+            header,
+            codec=words.keyed.get("codec", "raw"),
+            layer_start=layers[0],
+            layer_end=layers[1],
+            token_start=tokens[0],
+            token_end=tokens[1],
+            head_start=heads[0],
+            head_end=heads[1],
         )
         data = EncodeJob(header=replace(header, codec="raw"), table=tuple(range(COLUMNS))).run(self._peers_arena)
         if header.codec != "raw":

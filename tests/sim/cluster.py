@@ -34,7 +34,11 @@ from tests.sim.weather import Weather
 
 CONTROLLER = "controller"
 ROUTER = "router"
-ORACLE = OracleExecutor.Config(layers_per_group=1)  # a frame for each layer: the more frames, the more to go wrong
+POISON_TOKEN = 999  # a step that is fed it raises; no output has it
+ORACLE = OracleExecutor.Config(
+    layers_per_group=1,  # a frame for each layer: the more frames, the more to go wrong
+    poison_token=POISON_TOKEN,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +146,16 @@ class WorkerEngine:
         )
 
 
+@dataclass(slots=True)
+class _Snare:
+    """Waits for a worker to come by a failpoint `hits` times."""
+
+    name: str
+    failpoint: str
+    hits: int
+    happens: Callable[[], None]
+
+
 class VirtualCluster:
     """Starts whole. Every method takes names; `on_output` hears what the router tells its edge."""
 
@@ -157,6 +171,8 @@ class VirtualCluster:
         self._shapes = {worker.name: worker for worker in shape.workers}
         self._running: dict[str, Process] = {}
         self._past: list[Process] = []
+        self._snares: list[_Snare] = []
+        self.failpoints: Counter[str] = Counter()  # how often each was come by
         self.restarts = 0
         for name in (CONTROLLER, ROUTER, *shape.names):
             self._start(name)
@@ -201,6 +217,13 @@ class VirtualCluster:
         """SIGTERM: the worker gives its work away and ends; a new one takes its place."""
         self._tell(name, Drain(timeout_ms))
 
+    def on_failpoint(self, name: str, failpoint: str, hits: int, happens: Callable[[], None]) -> None:
+        """Let it happen right after the step in which this worker comes by it for the `hits`-th time from now."""
+        self._snares.append(_Snare(name, failpoint, hits, happens))
+
+    def disarm(self) -> None:
+        self._snares.clear()
+
     def _start(self, name: str) -> None:
         transport = MemoryTransport(self.network, name)
         core = self._build_core(name, identity=f"{self.world.random.getrandbits(64):016x}")
@@ -237,7 +260,9 @@ class VirtualCluster:
             columns=worker.columns,
             growth_tokens=self.shape.growth_tokens,
         )
-        return WorkerCore(config, random=Random(f"transfer ids of {identity}"))
+        return WorkerCore(
+            config, random=Random(f"transfer ids of {identity}"), failpoint=partial(self._hit, name)
+        )
 
     def _on_process_output(self, process: Process, output: Any) -> None:
         if isinstance(output, Drained):
@@ -245,6 +270,14 @@ class VirtualCluster:
             self.world.schedule(0, partial(self._replace, process))
         else:
             self._on_output(output)
+
+    def _hit(self, name: str, failpoint: str) -> None:
+        self.failpoints[failpoint] += 1
+        for snare in [snare for snare in self._snares if (snare.name, snare.failpoint) == (name, failpoint)]:
+            snare.hits -= 1
+            if snare.hits == 0:
+                self._snares.remove(snare)
+                self.world.schedule(0, snare.happens)
 
     def _replace(self, process: Process) -> None:
         if self._running.get(process.name) is process:

@@ -11,11 +11,13 @@ from itertools import combinations
 from random import Random
 from typing import TypeAlias
 
+from engine.base import failpoints
 from engine.types import Role
 from tests.sim.cluster import CONTROLLER, ROUTER, Shape, VirtualCluster, WorkerShape
 from tests.sim.weather import Noise
 
-FAULTS_END_US = 9_000_000
+LAST_FAULT_US = 5_000_000  # none begins later, ambushes included
+FAULTS_END_US = 10_000_000
 EVENTS_MAX = 4  # each may cost a request two placements, of the eight that it has
 
 
@@ -61,7 +63,17 @@ class Drain:
     timeout_ms: int
 
 
-Fault: TypeAlias = Kill | Freeze | Cut | Reset | Mishap | Drain
+@dataclass(frozen=True, slots=True)
+class Ambush:
+    """A fault at a moment that matters: when a worker comes by a failpoint for the `hits`-th time from now."""
+
+    name: str
+    failpoint: str
+    hits: int
+    fault: Kill | Freeze | Cut | Reset
+
+
+Fault: TypeAlias = Kill | Freeze | Cut | Reset | Mishap | Drain | Ambush
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +107,7 @@ def draw_plan(random: Random, shape: Shape) -> FaultPlan:
 
 
 def _draw_instant(random: Random) -> int:
-    return random.randrange(500_000, 5_000_000)
+    return random.randrange(300_000, LAST_FAULT_US)
 
 
 def _draw_noise(random: Random) -> Noise:
@@ -115,25 +127,38 @@ def _draw_noise(random: Random) -> Noise:
 
 
 def _draw_fault(random: Random, shape: Shape) -> Fault:
-    """Mostly against workers: those are many, and stateful."""
     workers = shape.names
-    anyone = random.choice((*workers, *workers, ROUTER, CONTROLLER))
-    one, other = random.choice(_pairs(workers))
-    match random.choice(
-        ("kill", "kill", "kill", "freeze", "freeze", "cut", "cut", "reset", "mishap", "drain", "drain")
-    ):
-        case "kill":
-            return Kill(anyone, _draw_down_us(random), random.choice((0, 200_000, None)))
-        case "freeze":
-            return Freeze(anyone, random.choice((random.randrange(3_000_000), random.randrange(5_000_000))))
-        case "cut":
-            return Cut(one, other, random.random() < 0.5, random.randrange(100_000, 4_500_000))
-        case "reset":
-            return Reset(one, other)
+    match random.choice(("ambush", "ambush", "process", "process", "network", "network", "mishap", "drain")):
+        case "ambush":
+            return _draw_ambush(random, workers)
+        case "process":
+            return _draw_process_fault(random, random.choice((*workers, *workers, ROUTER, CONTROLLER)))
+        case "network":
+            return _draw_network_fault(random, *random.choice(_pairs(workers)))
         case "mishap":
             return Mishap(random.choice(("double", "overtake")), *random.choice(_pairs(workers, bulk=False)))
         case _:
             return Drain(random.choice(workers), random.choice((0, 200, 2_000)))
+
+
+def _draw_ambush(random: Random, workers: Sequence[str]) -> Ambush:
+    name = random.choice(workers)
+    peer = random.choice([other for other in (*workers, *workers, ROUTER) if other != name])
+    process = random.random() < 0.7
+    fault = _draw_process_fault(random, name) if process else _draw_network_fault(random, name, peer)
+    return Ambush(name, random.choice(failpoints.NAMES), random.randint(1, 12), fault)
+
+
+def _draw_process_fault(random: Random, name: str) -> Kill | Freeze:
+    if random.random() < 0.6:
+        return Kill(name, _draw_down_us(random), random.choice((0, 200_000, None)))
+    return Freeze(name, random.choice((random.randrange(3_000_000), random.randrange(5_000_000))))
+
+
+def _draw_network_fault(random: Random, one: str, other: str) -> Cut | Reset:
+    if random.random() < 0.3:
+        return Reset(one, other)
+    return Cut(one, other, random.random() < 0.5, random.randrange(100_000, 4_500_000))
 
 
 def _draw_down_us(random: Random) -> int:
@@ -164,4 +189,6 @@ def inject(cluster: VirtualCluster, fault: Fault) -> None:
             cluster.weather.arm(kind, one, other)
         case Drain(name, timeout_ms):
             cluster.drain(name, timeout_ms)
+        case Ambush(name, failpoint, hits, then):
+            cluster.on_failpoint(name, failpoint, hits, partial(inject, cluster, then))
     cluster.weather.injected[type(fault).__name__.lower()] += 1

@@ -105,6 +105,7 @@ class History:
         if ended.error is not None:
             allowed = {
                 Status.CANCELLED: call.cancelled_us is not None,
+                Status.INTERNAL: self._oracle.poison_token in call.submit.token_ids,
                 Status.DEADLINE_EXCEEDED: bool(call.submit.deadline_ms) and call.ended_us >= deadline_us,
             }
             if not allowed.get(ended.error.status, False):
@@ -134,7 +135,9 @@ class History:
 
 
 def expected(submit: Submit, oracle: OracleExecutor.Config) -> tuple[tuple[int, ...], FinishReason]:
-    """The one right output: the reference, cut behind the first stop token."""
+    """The one right output: the reference, cut behind the first stop token. Poison has none."""
+    if oracle.poison_token in submit.token_ids:
+        return (), FinishReason.LENGTH
     return _expected(submit.token_ids, submit.tenant, submit.sampling, oracle)
 
 

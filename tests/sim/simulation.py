@@ -11,12 +11,12 @@ from functools import partial
 from random import Random
 
 from tests.sim.cluster import ORACLE, ROUTER, Shape, VirtualCluster
-from tests.sim.faults import FAULTS_END_US, Fault, FaultPlan, Kill, draw_plan, draw_shape, inject
+from tests.sim.faults import FAULTS_END_US, LAST_FAULT_US, Fault, FaultPlan, Kill, draw_plan, draw_shape, inject
 from tests.sim.history import History, Violation
 from tests.sim.weather import Weather
 from tests.sim.workload import Visit, draw_workload
 
-REQUESTS = 24
+REQUESTS = 20
 SPAN_US = 5_000_000
 START_US = 100_000  # everybody has met everybody
 PATIENCE_US = 60_000_000  # from the end of the faults to the end of the last request
@@ -90,6 +90,7 @@ class Simulation:
         figures["restarts"] = self.cluster.restarts
         figures["messages"] = self.weather.messages
         figures["virtual seconds"] = self.world.now_us // 1_000_000
+        figures.update({f"failpoint {name}": hits for name, hits in self.cluster.failpoints.items()})
         for process in self.cluster.processes:
             figures["frames placed"] += process.host.frames_placed
             figures["damaged frames refused"] += process.host.damaged_arrivals
@@ -102,6 +103,7 @@ class Simulation:
             self.world.schedule(START_US + visit.at_us, partial(self._come, visit))
         for at_us, fault in self.scenario.plan.events:
             self.world.schedule(START_US + at_us, partial(self._break, fault))
+        self.world.schedule(START_US + LAST_FAULT_US, self.cluster.disarm)
         self.world.schedule(LOOK_EVERY_US, self._look)
 
     def _come(self, visit: Visit) -> None:

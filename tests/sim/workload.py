@@ -43,7 +43,7 @@ def _draw_submit(random: Random, key: int, oracle: OracleExecutor.Config, *, ear
     length = random.choice(BORDERS) if random.random() < 0.6 else random.randint(1, PROMPT_TOKENS_MAX)
     submit = Submit(
         key=key,
-        token_ids=tuple(random.randrange(oracle.vocab_size) for _ in range(length)),
+        token_ids=_draw_prompt(random, length, oracle),
         sampling=SamplingParams(
             temperature=random.choice((0.0, 0.8)), seed=random.getrandbits(32), max_tokens=_draw_max_tokens(random)
         ),
@@ -51,6 +51,15 @@ def _draw_submit(random: Random, key: int, oracle: OracleExecutor.Config, *, ear
         deadline_ms=random.randrange(50, 3_000) if random.random() < 0.08 else 0,
     )
     return _with_stop(random, submit, oracle) if random.random() < 0.15 else submit
+
+
+def _draw_prompt(random: Random, length: int, oracle: OracleExecutor.Config) -> tuple[int, ...]:
+    """Few are poisoned: a step that is fed such a one raises, and may take nobody else along (I11)."""
+    poison = oracle.poison_token
+    prompt = [token for token in random.choices(range(oracle.vocab_size), k=2 * length) if token != poison][:length]
+    if poison is not None and random.random() < 0.02:
+        prompt[random.randrange(length)] = poison
+    return tuple(prompt)
 
 
 def _draw_max_tokens(random: Random) -> int:
