@@ -160,8 +160,9 @@ class Scheduler:
             sequence.bound = True
 
     def reserve(self, command: Reserve) -> None:
-        count = self._columns_for(command.context_tokens + command.growth_tokens)
-        if not self._fits(count):
+        wanted = self._columns_for(command.context_tokens + command.growth_tokens)
+        count = min(wanted, self._allocator.total_columns)  # the context is a must, growth is not
+        if count < self._columns_for(command.context_tokens) or not self._fits(count):
             self._events.append(Reserved(seq_id=command.seq_id, block_table=None))
             return
         self._add(command.seq_id, Phase.RESERVED)

@@ -79,6 +79,8 @@ class _Worker:
         self._host: AsyncioHost | None = None
         columns = _columns(options.engine, model)
         self._arena = Arena(model.schema, columns=columns, block_size=options.engine.block_size)
+        # A request that no amount of waiting can fit is refused at the door, by router and worker alike.
+        self._max_model_len = min(model.max_model_len, columns * options.engine.block_size)
         self._engine = self._build_engine()
 
     def _build_engine(self) -> EngineThread:
@@ -86,7 +88,7 @@ class _Worker:
         config = Scheduler.Config(
             step_tokens=engine.step_tokens,
             block_size=engine.block_size,
-            max_model_len=self._model.max_model_len,
+            max_model_len=self._max_model_len,
             eos_token_ids=frozenset(self._model.eos_token_ids),
         )
         loop = asyncio.get_running_loop()
@@ -169,7 +171,7 @@ class _Worker:
             model=model.name,
             schema=model.schema,
             vocab_size=model.vocab_size,
-            max_model_len=model.max_model_len,
+            max_model_len=self._max_model_len,
             block_size=options.engine.block_size,
             columns=self._arena.columns,
         )

@@ -304,6 +304,11 @@ class RouterCore:
             return Unavailable("shutting down", retry_after_ms=limits.RETRY_AFTER_MS)
         if (role := self._stranded_by(request)) is not None:
             return self._no_worker(role)
+        tokens = len(request.token_ids) + request.submit.sampling.max_tokens
+        tokens_max = self.pool.max_model_len
+        if tokens > tokens_max:
+            text = f"prompt: {tokens} tokens with max_tokens; the workers' KV memory holds {tokens_max} of one request"
+            return InvalidArgument(text, field="prompt")
         if len(self._requests) >= self.config.requests_max:
             text = f"too many requests in flight (limit {self.config.requests_max})"
             return ResourceExhausted(text, retry_after_ms=limits.RETRY_AFTER_MS)
@@ -513,8 +518,6 @@ class RouterCore:
         stats.codec = message.codec
         stats.kv_bytes_raw += message.bytes_raw
         stats.kv_bytes_wire += message.bytes_wire
-        self.counters["kv_transfer_bytes_raw", message.codec] += message.bytes_raw
-        self.counters["kv_transfer_bytes_wire", message.codec] += message.bytes_wire
         self.counters["kv_transfers", message.codec] += 1
         return []
 

@@ -115,6 +115,12 @@ class WorkerPool:
         return sorted((w for w in self if w.serving and w.has(role)), key=lambda w: w.id)
 
     @property
+    def max_model_len(self) -> int:
+        """Tokens that one request may have at any worker it could be placed at. Zero in the table: not said."""
+        told = (w.info.max_model_len for w in self if w.serving and w.info.max_model_len)
+        return min(told, default=limits.PROMPT_TOKENS_MAX)
+
+    @property
     def ready(self) -> bool:
         """A request would succeed: some prefill worker has a decode worker that reads its KV."""
         decoding = {bytes(w.info.schema_digest) for w in self.holding(Role.DECODE)}

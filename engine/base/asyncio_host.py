@@ -67,8 +67,11 @@ class JobPool:
         while self._waiting:
             run, done = self._waiting.popleft()
             loop.call_soon(done, JobDone(run.key, error=RuntimeError("job pool closed")))
-        async with asyncio.timeout(_CLOSE_TIMEOUT_S):
-            await asyncio.to_thread(self._executor.shutdown)
+        try:
+            async with asyncio.timeout(_CLOSE_TIMEOUT_S):
+                await asyncio.to_thread(self._executor.shutdown)
+        except TimeoutError:  # the thread cannot be stopped; what remains to be closed must be, all the same
+            logger.error("a codec job is stuck; going on without its thread")
 
     def _hand_over(self, loop: asyncio.AbstractEventLoop, run: Run, done: Callable[[JobDone], None]) -> None:
         self._in_threads += 1

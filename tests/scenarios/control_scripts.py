@@ -90,6 +90,7 @@ class RouterScript(Script):
                 roles=roles.split(","),
                 schema_digest=digest,
                 total_columns=100,
+                max_model_len=int(words.keyed.get("max_len", 0)),
                 codecs=["raw"],
             )
         return self._receive(CONTROLLER, pb.ControllerToRouter(table=table))
