@@ -18,132 +18,14 @@ from control_plane.controller.core import ControllerCore
 from control_plane.router.core import Config as RouterConfig
 from control_plane.router.core import RouterCore
 from control_plane.router.requests import Cancel, Submit
-from engine.base.virtual_host import VirtualProcess, VirtualWorld
-from engine.commands import EngineEvent
-from engine.core import assert_quiet
-from engine.executors.oracle import OracleExecutor
-from engine.executors.paced import StepTimeModel
-from engine.kv.arena import Arena
-from engine.scheduler import Scheduler
-from engine.types import Role
-from engine.virtual import VirtualEngine
+from engine.base.virtual_host import VirtualWorld
 from kv_transfer.transports.memory import MemoryNetwork, MemoryTransport
 from tests.sim.history import Violation
-from tests.sim.watchers import WatchedEngine, WatchedHost
+from tests.sim.processes import ORACLE, Core, Process, Shape, WorkerEngine
 from tests.sim.weather import Weather
 
 CONTROLLER = "controller"
 ROUTER = "router"
-POISON_TOKEN = 999  # a step that is fed it raises; no output has it
-ORACLE = OracleExecutor.Config(
-    layers_per_group=1,  # a frame for each layer: the more frames, the more to go wrong
-    poison_token=POISON_TOKEN,
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class WorkerShape:
-    """What a worker is started with, each time."""
-
-    name: str
-    roles: frozenset[Role]
-    columns: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """A cluster's fixed properties. Small steps, blocks and pools: many borders to get wrong in a short prompt."""
-
-    workers: tuple[WorkerShape, ...]
-    block_size: int = 8
-    step_tokens: int = 24
-    growth_tokens: int = 8
-    latency_us: int = 500
-    bytes_per_second: int | None = None
-    job_us: int = 500
-    step_time: StepTimeModel = StepTimeModel(step_us=10_000, prefill_token_us=100, decode_sequence_us=500)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(worker.name for worker in self.workers)
-
-    def holding(self, role: Role) -> tuple[str, ...]:
-        return tuple(worker.name for worker in self.workers if role in worker.roles)
-
-
-class Process:
-    """One process: a machine, its host and, in a worker, an engine."""
-
-    def __init__(
-        self,
-        world: VirtualWorld,
-        name: str,
-        core: ControllerCore | RouterCore | WorkerCore,
-        transport: MemoryTransport,
-        *,
-        weather: Weather,
-        outputs: Callable[["Process", Any], None],
-        engine: "WorkerEngine | None" = None,
-        job_us: int = 0,
-    ) -> None:
-        self.name = name
-        self.core = core
-        self.transport = transport
-        self.engine = engine
-        self.host = WatchedHost(
-            world,
-            name,
-            core,
-            transport,
-            outputs=partial(outputs, self),
-            engine=engine.port if engine else None,
-            memory=engine.arena if engine else None,
-            job_us=lambda job: job_us,
-            clock_offset_us=world.random.randrange(1_000_000_000),  # clocks agree with nobody's
-            weather=weather,
-            counters=self.counters,
-        )
-        if engine is not None:
-            engine.on_events = self.host.deliver_engine_events
-        transport.listen(name, self.host.accept)
-        self.host.start()
-
-    @property
-    def counters(self) -> Counter[str]:
-        return self.core.counters if isinstance(self.core, WorkerCore) else Counter()
-
-    def check_holds_nothing(self) -> None:
-        if isinstance(self.core, WorkerCore) and self.core.held:
-            raise Violation(f"I7: {self.name} still holds something for {self.core.held} attempts or transfers")
-
-    def check_quiet(self) -> None:
-        """Nothing is held for anybody, and the engine knows it (I3, I7)."""
-        self.check_holds_nothing()
-        if self.engine is not None:
-            try:
-                assert_quiet(self.engine.core)
-            except AssertionError as error:
-                raise Violation(f"I3: {self.name}: {error}") from error
-
-
-class WorkerEngine:
-    """A worker's engine: the core under watch, an oracle, an arena."""
-
-    def __init__(self, world: VirtualWorld, process: VirtualProcess, shape: Shape, columns: int) -> None:
-        self.arena = Arena(ORACLE.schema, columns=columns, block_size=shape.block_size)
-        config = Scheduler.Config(
-            block_size=shape.block_size,
-            step_tokens=shape.step_tokens,
-            growth_reserve_tokens=shape.growth_tokens,
-            near_turn_tokens=2 * shape.step_tokens,
-            max_model_len=ORACLE.max_model_len,
-        )
-        self.core = WatchedEngine(config, ORACLE.schema, self.arena)
-        self.on_events: Callable[[tuple[EngineEvent, ...]], None] = lambda events: None
-        oracle = OracleExecutor(self.arena, ORACLE)
-        self.port = VirtualEngine(
-            world, lambda events: self.on_events(events), self.core, oracle, shape.step_time, process=process
-        )
 
 
 @dataclass(slots=True)
@@ -190,9 +72,9 @@ class VirtualCluster:
 
     @property
     def router(self) -> RouterCore | None:
-        process = self._running.get(ROUTER)
-        assert process is None or isinstance(process.core, RouterCore)
-        return process.core if process else None
+        core = self._running[ROUTER].core if ROUTER in self._running else None
+        assert core is None or isinstance(core, RouterCore)
+        return core
 
     def kill(self, name: str, detected_after_us: int | None = 0) -> None:
         if process := self._running.pop(name, None):
@@ -226,12 +108,14 @@ class VirtualCluster:
 
     def _start(self, name: str) -> None:
         transport = MemoryTransport(self.network, name)
-        core = self._build_core(name, identity=f"{self.world.random.getrandbits(64):016x}")
+        identity = self._mint_identity(name)
+        core = self._build_core(name, identity)
         worker = self._shapes.get(name)
         engine = WorkerEngine(self.world, transport.process, self.shape, worker.columns) if worker else None
         self._running[name] = Process(
             self.world,
             name,
+            identity,
             core,
             transport,
             weather=self.weather,
@@ -240,7 +124,11 @@ class VirtualCluster:
             job_us=self.shape.job_us,
         )
 
-    def _build_core(self, name: str, identity: str) -> ControllerCore | RouterCore | WorkerCore:
+    def _mint_identity(self, name: str) -> str:
+        """Another one at each start, whatever the name."""
+        return f"{self.world.random.getrandbits(64):016x}"
+
+    def _build_core(self, name: str, identity: str) -> Core:
         if name == CONTROLLER:
             return ControllerCore()
         if name == ROUTER:
@@ -260,9 +148,7 @@ class VirtualCluster:
             columns=worker.columns,
             growth_tokens=self.shape.growth_tokens,
         )
-        return WorkerCore(
-            config, random=Random(f"transfer ids of {identity}"), failpoint=partial(self._hit, name)
-        )
+        return WorkerCore(config, random=Random(f"transfer ids of {identity}"), failpoint=partial(self._hit, name))
 
     def _on_process_output(self, process: Process, output: Any) -> None:
         if isinstance(output, Drained):
@@ -307,10 +193,25 @@ class VirtualCluster:
         """I3 and I7, once nobody wants anything any more: what was held has been given back, everywhere."""
         for process in self.workers:
             process.check_quiet()
-        router = self.router
-        assert router is not None
-        if router.in_flight:
-            raise Violation(f"I7: the router still has {router.in_flight} requests")
+        assert self.router is not None
+        self._check_router_quiet(self.router)
+        self._check_links()
+
+    def _check_router_quiet(self, router: RouterCore) -> None:
+        """It has forgotten every request and every dead worker, and knows the living ones."""
+        if router.in_flight or router._queued_tokens:
+            raise Violation(f"I7: a router of {router.in_flight} requests and {router._queued_tokens} queued tokens")
         busy = {worker.info.name: (worker.bound, worker.prefill_tokens) for worker in router.pool}
         if any(any(load) for load in busy.values()):
             raise Violation(f"I7: an idle router believes that workers are busy: {busy}")
+        known = [(view.id, view.state, view.connected) for view in router.workers()]
+        living = [(process.identity, "SERVING", True) for process in self.workers]
+        if sorted(known) != sorted(living):
+            raise Violation(f"I7: the router knows {known}, but those that live are {living}")
+
+    def _check_links(self) -> None:
+        """One for each pair that talks, and at most one for each direction of bulk: none was forgotten (I7)."""
+        workers = len(self.workers)
+        links_max = 1 + 2 * workers + workers * (workers - 1)
+        if self.network.open_ends > 2 * links_max:
+            raise Violation(f"I7: {self.network.open_ends} link ends are open; {2 * links_max} would be enough")

@@ -13,12 +13,13 @@ from typing import TypeAlias
 
 from engine.base import failpoints
 from engine.types import Role
-from tests.sim.cluster import CONTROLLER, ROUTER, Shape, VirtualCluster, WorkerShape
+from tests.sim.cluster import CONTROLLER, ROUTER, VirtualCluster
+from tests.sim.processes import Shape, WorkerShape
 from tests.sim.weather import Noise
 
 LAST_FAULT_US = 5_000_000  # none begins later, ambushes included
 FAULTS_END_US = 10_000_000
-EVENTS_MAX = 4  # each may cost a request two placements, of the eight that it has
+EVENTS_MAX = 6  # each may cost a request a placement or two, of the eight that it has
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,8 +41,8 @@ class Call:
         return self.ended is None and self.lost_us is None
 
     def describe(self) -> str:
-        sampling, submit = self.submit.sampling, self.submit
-        asked = f"{len(submit.token_ids)} -> {sampling.max_tokens} tokens, tenant {submit.tenant!r}"
+        submit = self.submit
+        asked = f"{len(submit.token_ids)} -> {submit.sampling.max_tokens} tokens, tenant {submit.tenant!r}"
         return f"request {submit.key} ({asked}, invoked at {self.invoked_us}, {len(self.tokens)} received)"
 
 
@@ -127,11 +127,15 @@ class History:
     def figures(self) -> Counter[str]:
         figures = Counter(requests=len(self.calls), tokens=sum(len(call.tokens) for call in self.calls.values()))
         for call in self.calls.values():
-            ended = call.ended
-            outcome = "lost" if ended is None else ended.finish.value if ended.finish else ended.error.status.value
-            figures[f"ended {outcome}"] += 1
-            figures["placements lost"] += max(0, ended.stats.attempts - 1) if ended is not None else 0
+            figures[f"ended {_outcome(call.ended)}"] += 1
+            figures["placements lost"] += max(0, call.ended.stats.attempts - 1) if call.ended is not None else 0
         return figures
+
+
+def _outcome(ended: Ended | None) -> str:
+    if ended is None:
+        return "lost"  # with its router
+    return ended.error.status.value if ended.error is not None else str(ended.finish)
 
 
 def expected(submit: Submit, oracle: OracleExecutor.Config) -> tuple[tuple[int, ...], FinishReason]:

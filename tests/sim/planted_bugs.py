@@ -149,8 +149,7 @@ def lesson_7_decode_starts_on_partial_kv() -> Iterator[None]:
 def lesson_8_identity_is_a_name() -> Iterator[None]:
     """A restarted worker has its old id and counts its transfers from 1 again, as every other does; a transfer's number
     is all that tells whose frame or answer one is, whichever process the link leads to."""
-    build_core, match = VirtualCluster._build_core, Target._match_untrusted
-    target_init, on_answer = Target.__init__, Source.on_frame
+    target_init, match, on_answer = Target.__init__, Target._match_untrusted, Source.on_frame
 
     def init(self: Target, *args: Any, **kwargs: Any) -> None:
         numbers = count(1)
@@ -168,13 +167,10 @@ def lesson_8_identity_is_a_name() -> Iterator[None]:
             link = outgoing.delivery.binding.link
         return on_answer(self, link, data, now_us)
 
-    def build_core_by_name(self: VirtualCluster, name: str, identity: str) -> Any:
-        return build_core(self, name, identity=name)
-
     with (
         patch.object(Target, "__init__", init),
         patch.object(Target, "_match_untrusted", match_any_link),
         patch.object(Source, "on_frame", on_answer_from_any_link),
-        patch.object(VirtualCluster, "_build_core", build_core_by_name),
+        patch.object(VirtualCluster, "_mint_identity", lambda self, name: name),
     ):
         yield

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from random import Random
 
-from tests.sim.cluster import ORACLE, ROUTER, Shape, VirtualCluster
+from tests.sim.cluster import ROUTER, VirtualCluster
 from tests.sim.faults import FAULTS_END_US, LAST_FAULT_US, Fault, FaultPlan, Kill, draw_plan, draw_shape, inject
 from tests.sim.history import History, Violation
+from tests.sim.processes import ORACLE, Shape
 from tests.sim.weather import Weather
 from tests.sim.workload import Visit, draw_workload
 

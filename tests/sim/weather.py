@@ -42,9 +42,6 @@ class Weather:
         self.injected: Counter[str] = Counter()
         self.messages = 0
 
-    def change(self, noise: Noise) -> None:
-        self._noise = noise
-
     def calm(self) -> None:
         self._noise = Noise()
         self._mishaps.clear()

@@ -1,0 +1,136 @@
+"""Processes of a virtual cluster: how one is put together, as its program would do it, with the watchers inside."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias
+
+from control_plane.agent.core import WorkerCore
+from control_plane.controller.core import ControllerCore
+from control_plane.router.core import RouterCore
+from engine.base.virtual_host import VirtualProcess, VirtualWorld
+from engine.commands import EngineEvent
+from engine.core import assert_quiet
+from engine.executors.oracle import OracleExecutor
+from engine.executors.paced import StepTimeModel
+from engine.kv.arena import Arena
+from engine.scheduler import Scheduler
+from engine.types import Role
+from engine.virtual import VirtualEngine
+from kv_transfer.transports.memory import MemoryTransport
+from tests.sim.history import Violation
+from tests.sim.watchers import WatchedEngine, WatchedHost
+from tests.sim.weather import Weather
+
+POISON_TOKEN = 999  # a step that is fed it raises; no output has it
+ORACLE = OracleExecutor.Config(
+    layers_per_group=1,  # a frame for each layer: the more frames, the more to go wrong
+    poison_token=POISON_TOKEN,
+)
+Core: TypeAlias = ControllerCore | RouterCore | WorkerCore
+STEP_TIME = StepTimeModel(step_us=10_000, prefill_token_us=100, decode_sequence_us=500)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerShape:
+    """What a worker is started with, each time."""
+
+    name: str
+    roles: frozenset[Role]
+    columns: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A cluster's fixed properties. Small steps, blocks and pools: many borders to get wrong in a short prompt."""
+
+    workers: tuple[WorkerShape, ...]
+    block_size: int = 8
+    step_tokens: int = 24
+    growth_tokens: int = 8
+    latency_us: int = 500
+    bytes_per_second: int | None = None
+    job_us: int = 500
+    step_time: StepTimeModel = STEP_TIME
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(worker.name for worker in self.workers)
+
+
+class WorkerEngine:
+    """A worker's engine: the core under watch, an oracle, an arena."""
+
+    def __init__(self, world: VirtualWorld, process: VirtualProcess, shape: Shape, columns: int) -> None:
+        self.arena = Arena(ORACLE.schema, columns=columns, block_size=shape.block_size)
+        config = Scheduler.Config(
+            block_size=shape.block_size,
+            step_tokens=shape.step_tokens,
+            growth_reserve_tokens=shape.growth_tokens,
+            near_turn_tokens=2 * shape.step_tokens,
+            max_model_len=ORACLE.max_model_len,
+        )
+        self.core = WatchedEngine(config, ORACLE.schema, self.arena)
+        self.on_events: Callable[[tuple[EngineEvent, ...]], None] = lambda events: None
+        oracle = OracleExecutor(self.arena, ORACLE)
+        self.port = VirtualEngine(
+            world, lambda events: self.on_events(events), self.core, oracle, shape.step_time, process=process
+        )
+
+
+class Process:
+    """A machine, its host and, in a worker, an engine. `name` outlives a restart, `identity` does not."""
+
+    def __init__(
+        self,
+        world: VirtualWorld,
+        name: str,
+        identity: str,
+        core: Core,
+        transport: MemoryTransport,
+        *,
+        weather: Weather,
+        outputs: Callable[["Process", Any], None],
+        engine: WorkerEngine | None = None,
+        job_us: int = 0,
+    ) -> None:
+        self.name = name
+        self.identity = identity
+        self.core = core
+        self.transport = transport
+        self.engine = engine
+        self.host = WatchedHost(
+            world,
+            name,
+            core,
+            transport,
+            outputs=partial(outputs, self),
+            engine=engine.port if engine else None,
+            memory=engine.arena if engine else None,
+            job_us=lambda job: job_us,
+            clock_offset_us=world.random.randrange(1_000_000_000),  # clocks agree with nobody's
+            weather=weather,
+            counters=self.counters,
+        )
+        if engine is not None:
+            engine.on_events = self.host.deliver_engine_events
+        transport.listen(name, self.host.accept)
+        self.host.start()
+
+    @property
+    def counters(self) -> Counter[str]:
+        return self.core.counters if isinstance(self.core, WorkerCore) else Counter()
+
+    def check_holds_nothing(self) -> None:
+        if isinstance(self.core, WorkerCore) and self.core.held:
+            raise Violation(f"I7: {self.name} still holds something for {self.core.held} attempts or transfers")
+
+    def check_quiet(self) -> None:
+        """Nothing is held for anybody, and the engine knows it (I3, I7)."""
+        self.check_holds_nothing()
+        if self.engine is not None:
+            try:
+                assert_quiet(self.engine.core)
+            except AssertionError as error:
+                raise Violation(f"I3: {self.name}: {error}") from error

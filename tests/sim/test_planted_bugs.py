@@ -1,0 +1,31 @@
+"""The virtual cluster finds each mistake that others shipped, and only the mistake: without it the same seed passes."""
+
+from collections import Counter
+
+import pytest
+
+from engine.kv.allocator import IntegrityError
+from tests.sim.history import Violation
+from tests.sim.planted_bugs import BUGS
+from tests.sim.simulation import simulate_seed
+
+SEEDS_MAX = 300
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_a_planted_bug_is_caught(name: str, figures: Counter[str]) -> None:
+    with BUGS[name]():
+        seed, violation = _first_violation()
+    print(f"caught by {violation}")
+    assert isinstance(violation.__cause__, (Violation, IntegrityError)), "a check must notice it, not a crash"
+    simulate_seed(seed)
+    figures[f"seeds until {name[: len('lesson_0')]}"] = seed + 1
+
+
+def _first_violation() -> tuple[int, Violation]:
+    for seed in range(SEEDS_MAX):
+        try:
+            simulate_seed(seed)
+        except Violation as violation:
+            return seed, violation
+    pytest.fail(f"not noticed in {SEEDS_MAX} seeds")
