@@ -35,42 +35,43 @@ class RelocateReason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NearTurn:
-    """A source holds all units of its own and will compute next: find it a target."""
+class AttemptReport:
+    """Base of what is said about one attempt that goes on (or, with `Full`, never began)."""
 
     seq_id: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NearTurn(AttemptReport):
+    """A source holds all units of its own and will compute next: find it a target."""
+
     context_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FirstToken:
-    seq_id: int
+class FirstToken(AttemptReport):
     position: int
     token_id: int
     finish: FinishReason | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Granted:
+class Granted(AttemptReport):
     """A target holds a reservation, open for the transfer of this id."""
 
-    seq_id: int
     transfer_id: bytes
     skip_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Full:
+class Full(AttemptReport):
     """A target has no memory for this attempt now, and holds nothing for it."""
-
-    seq_id: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Committed:
+class Committed(AttemptReport):
     """A target holds all KV of the attempt and starts to decode."""
 
-    seq_id: int
     codec: str
     bytes_raw: int
     bytes_wire: int
@@ -85,10 +86,9 @@ class Tokens:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Relocate:
+class Relocate(AttemptReport):
     """The attempt cannot go on here. Its KV is intact and held, waiting for another target."""
 
-    seq_id: int
     reason: RelocateReason
     token_ids: tuple[int, ...] = ()
     target_attempt: int = 0
@@ -101,6 +101,3 @@ class AttemptOver:
     seq_id: int
     status: Status | None = None
     reason: str = ""
-
-
-Report = NearTurn | FirstToken | Granted | Full | Committed | Tokens | Relocate | AttemptOver

@@ -21,12 +21,12 @@ from random import Random
 
 from control_plane.agent.attempts import Attempt, AttemptTable
 from control_plane.agent.lease import CONTROLLER, Lease
+from control_plane.agent.target_links import TargetLinks
 from control_plane.wire import session_pb2 as pb
 from control_plane.wire.session import WIRE_VERSION, Session, hello, parse_hello_untrusted
 from control_plane.wire.translate import (
-    RELOCATE_REASONS,
     context_from_wire_untrusted,
-    finish_to_wire,
+    report_to_wire,
     sampling_from_wire_untrusted,
     tokens_to_wire,
 )
@@ -36,7 +36,6 @@ from engine.base import limits
 from engine.base.errors import FrameError, Status
 from engine.base.machine import (
     Close,
-    Dial,
     EngineEvents,
     JobDone,
     LinkLost,
@@ -122,8 +121,7 @@ class WorkerCore:
         self._attempts = AttemptTable()
         self._routers: dict[LinkName, Session] = {}
         self._sources: set[LinkName] = set()  # inbound bulk links: peers that send us frames
-        self._targets: dict[LinkName, bool] = {}  # outbound bulk links: are they up yet?
-        self._waiting: dict[int, Binding] = {}  # sequences whose target's link is being opened; the newest word counts
+        self._targets = TargetLinks(hello(pb.Hello.WORKER_TO_WORKER, config.worker_id))
         self._next_status_us: int | None = None
         self._quiesce_us: int | None = None
         self._build_parts(random)
@@ -225,8 +223,7 @@ class WorkerCore:
         if link == CONTROLLER:
             return self._lease.on_up(now_us)
         if link in self._targets:
-            self._targets[link] = True
-            waiting = self._take_waiting(link)
+            waiting = self._targets.on_up(link)
             return [action for seq_id, binding in waiting for action in self._bind(seq_id, binding, now_us)]
         try:
             kind = parse_hello_untrusted(introduction).kind
@@ -252,10 +249,9 @@ class WorkerCore:
             self.counters["orphans_reaped"] += len(orphans)
             return [action for attempt in orphans for action in self._drop(attempt)]
         if link in self._targets:
-            del self._targets[link]
             unbound: list[object] = [
                 DeliveryFailed(seq_id=seq_id, target_attempt=binding.target_attempt, reason="link_lost")
-                for seq_id, binding in self._take_waiting(link)
+                for seq_id, binding in self._targets.on_lost(link)
             ]
             return self._settle([*unbound, *self._source.on_link_lost(link)], now_us)
         self._sources.discard(link)
@@ -357,32 +353,19 @@ class WorkerCore:
             return self._bind_here(attempt, message.target_attempt)
         if len(message.transfer_id) != TRANSFER_ID_BYTES:
             raise FrameError("transfer")
-        peer = f"bulk/{message.target}"
         binding = Binding(
-            link=peer,
+            link=f"bulk/{message.target}",
             transfer_id=message.transfer_id,
             epoch=message.target_epoch,
             skip_tokens=message.skip_tokens,
             codec=choose(message.codec, codecs.names(), self.config.schema.kv),
             target_attempt=message.target_attempt,
         )
-        self._waiting.pop(attempt.seq_id, None)
-        if self._targets.get(peer):
+        self._targets.forget(attempt.seq_id)
+        if self._targets.is_up(binding.link):
             return self._bind(attempt.seq_id, binding, now_us)
-        self._waiting[attempt.seq_id] = binding
-        return [*self._source.unbind(attempt.seq_id), *self._dial_target(peer, message.target_address)]
-
-    def _dial_target(self, peer: LinkName, address: str) -> list[object]:
-        if peer in self._targets:
-            return []
-        self._targets[peer] = False
-        return [Dial(peer, address, hello(pb.Hello.WORKER_TO_WORKER, self.config.worker_id))]
-
-    def _take_waiting(self, link: LinkName) -> list[tuple[int, Binding]]:
-        taken = [(seq_id, binding) for seq_id, binding in self._waiting.items() if binding.link == link]
-        for seq_id, _ in taken:
-            del self._waiting[seq_id]
-        return taken
+        waits = self._targets.wait(attempt.seq_id, binding, message.target_address)
+        return [*self._source.unbind(attempt.seq_id), *waits]
 
     def _bind(self, seq_id: int, binding: Binding, now_us: int) -> list[object]:
         role = self._prefill if self._prefill.owns(seq_id) else self._decode
@@ -451,14 +434,7 @@ class WorkerCore:
                     actions += self._report_tokens(item)
                 case reports.AttemptOver():
                     actions += self._report_over(item)
-                case (
-                    reports.NearTurn()
-                    | reports.FirstToken()
-                    | reports.Granted()
-                    | reports.Full()
-                    | reports.Committed()
-                    | reports.Relocate()
-                ):
+                case reports.AttemptReport():
                     actions += self._report(item)
                 case _:
                     actions.append(item)
@@ -487,63 +463,28 @@ class WorkerCore:
             return []
         return [self._failed(attempt, report.status, report.reason)]
 
-    def _report(self, report: reports.Report) -> list[object]:
-        attempt = self._attempts.of_sequence(report.seq_id)  # type: ignore[union-attr]  # all but Tokens have one
+    def _report(self, report: reports.AttemptReport) -> list[object]:
+        attempt = self._attempts.of_sequence(report.seq_id)
         if attempt is None:
             return []
-        name = {"request": attempt.request, "attempt": attempt.attempt}
         match report:
             case reports.NearTurn():
                 self._failpoint("prefill.near_turn")
-                return [
-                    self._to_router(attempt.link, near_turn=pb.NearTurn(**name, context_tokens=report.context_tokens))
-                ]
             case reports.FirstToken():
                 self._failpoint("prefill.streaming")
-                return [self._to_router(attempt.link, first_token=self._first_token(attempt, report))]
             case reports.Granted():
                 self._failpoint("decode.reserved")
-                granted = pb.Reserved(
-                    **name, transfer_id=report.transfer_id, epoch=self.epoch, skip_tokens=report.skip_tokens
-                )
-                return [self._to_router(attempt.link, reserved=granted)]
             case reports.Full():
                 self._attempts.forget(report.seq_id)
-                return [self._to_router(attempt.link, refused=pb.Refused(**name, reason=pb.FULL))]
-            case reports.Committed():
-                committed = pb.Committed(
-                    **name,
-                    codec=report.codec,
-                    bytes_raw=report.bytes_raw,
-                    bytes_wire=report.bytes_wire,
-                    transfer_us=report.transfer_us,
-                )
-                return [self._to_router(attempt.link, committed=committed)]
             case reports.Relocate():
                 self.counters[f"relocations:{report.reason.value}"] += 1
-                relocate = pb.Relocate(
-                    **name,
-                    reason=RELOCATE_REASONS[report.reason],
-                    token_ids=report.token_ids,
-                    target_attempt=report.target_attempt,
-                )
-                return [self._to_router(attempt.link, relocate=relocate)]
-        raise TypeError(f"not a report: {report!r}")
-
-    @staticmethod
-    def _first_token(attempt: Attempt, report: reports.FirstToken) -> pb.FirstToken:
-        return pb.FirstToken(
-            request=attempt.request,
-            attempt=attempt.attempt,
-            position=report.position,
-            token_id=report.token_id,
-            finish=finish_to_wire(report.finish),
-        )
+        envelope = report_to_wire(report, request=attempt.request, attempt=attempt.attempt, epoch=self.epoch)
+        return [Send(attempt.link, self._routers[attempt.link].seal(envelope))]
 
     def _drop(self, attempt: Attempt) -> list[object]:
         """Forget the attempt and free what it holds, in whatever stage it is. Idempotent below."""
         self._attempts.forget(attempt.seq_id)
-        self._waiting.pop(attempt.seq_id, None)
+        self._targets.forget(attempt.seq_id)
         return [*self._prefill.abort(attempt.seq_id), *self._decode.abort(attempt.seq_id)]
 
     def _fail_attempt(self, attempt: Attempt, status: Status, reason: str, now_us: int) -> list[object]:

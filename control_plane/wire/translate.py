@@ -75,3 +75,63 @@ def tokens_to_wire(tokens: list[tuple[int, int, SampledToken]]) -> pb.Tokens:
         token_ids=[token.token_id for _, _, token in tokens],
         finishes=bytes(FINISH_CODES[token.finish] for _, _, token in tokens),
     )
+
+
+def report_to_wire(report: reports.AttemptReport, *, request: int, attempt: int, epoch: int) -> pb.WorkerToRouter:
+    """One report about one attempt, under the names that its router knows it by."""
+    match report:
+        case reports.NearTurn():
+            near_turn = pb.NearTurn(request=request, attempt=attempt, context_tokens=report.context_tokens)
+            return pb.WorkerToRouter(near_turn=near_turn)
+        case reports.FirstToken():
+            return pb.WorkerToRouter(first_token=_first_token(report, request, attempt))
+        case reports.Granted():
+            return pb.WorkerToRouter(reserved=_reserved(report, request, attempt, epoch))
+        case reports.Full():
+            return pb.WorkerToRouter(refused=pb.Refused(request=request, attempt=attempt, reason=pb.FULL))
+        case reports.Committed():
+            return pb.WorkerToRouter(committed=_committed(report, request, attempt))
+        case reports.Relocate():
+            return pb.WorkerToRouter(relocate=_relocate(report, request, attempt))
+    raise TypeError(f"not a report about an attempt: {report!r}")
+
+
+def _first_token(report: reports.FirstToken, request: int, attempt: int) -> pb.FirstToken:
+    return pb.FirstToken(
+        request=request,
+        attempt=attempt,
+        position=report.position,
+        token_id=report.token_id,
+        finish=finish_to_wire(report.finish),
+    )
+
+
+def _reserved(report: reports.Granted, request: int, attempt: int, epoch: int) -> pb.Reserved:
+    return pb.Reserved(
+        request=request,
+        attempt=attempt,
+        transfer_id=report.transfer_id,
+        epoch=epoch,
+        skip_tokens=report.skip_tokens,
+    )
+
+
+def _committed(report: reports.Committed, request: int, attempt: int) -> pb.Committed:
+    return pb.Committed(
+        request=request,
+        attempt=attempt,
+        codec=report.codec,
+        bytes_raw=report.bytes_raw,
+        bytes_wire=report.bytes_wire,
+        transfer_us=report.transfer_us,
+    )
+
+
+def _relocate(report: reports.Relocate, request: int, attempt: int) -> pb.Relocate:
+    return pb.Relocate(
+        request=request,
+        attempt=attempt,
+        reason=RELOCATE_REASONS[report.reason],
+        token_ids=report.token_ids,
+        target_attempt=report.target_attempt,
+    )

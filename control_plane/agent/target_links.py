@@ -1,0 +1,49 @@
+"""TargetLinks: a worker's outbound bulk links, one per target worker, and the bindings that wait for one to open.
+
+A link is dialled for the first binding that needs it and shared by all later ones. While it opens, the newest binding
+of a sequence counts: the router may have changed its mind. What a binding means is the Source's business.
+"""
+
+from engine.base.machine import Dial, LinkName
+from kv_transfer.source import Binding
+
+Waiting = list[tuple[int, Binding]]
+
+
+class TargetLinks:
+    def __init__(self, hello: bytes) -> None:
+        self._hello = hello
+        self._up: dict[LinkName, bool] = {}
+        self._waiting: dict[int, Binding] = {}  # by sequence
+
+    def __contains__(self, link: LinkName) -> bool:
+        return link in self._up
+
+    def is_up(self, link: LinkName) -> bool:
+        return self._up.get(link, False)
+
+    def wait(self, seq_id: int, binding: Binding, address: str) -> list[object]:
+        """Keep the binding until its link is up; dial unless that is under way."""
+        self._waiting[seq_id] = binding
+        if binding.link in self._up:
+            return []
+        self._up[binding.link] = False
+        return [Dial(binding.link, address, self._hello)]
+
+    def forget(self, seq_id: int) -> None:
+        """The sequence is over, or has been bound anew. Idempotent."""
+        self._waiting.pop(seq_id, None)
+
+    def on_up(self, link: LinkName) -> Waiting:
+        self._up[link] = True
+        return self._take(link)
+
+    def on_lost(self, link: LinkName) -> Waiting:
+        del self._up[link]
+        return self._take(link)
+
+    def _take(self, link: LinkName) -> Waiting:
+        taken = [(seq_id, binding) for seq_id, binding in self._waiting.items() if binding.link == link]
+        for seq_id, _ in taken:
+            del self._waiting[seq_id]
+        return taken
