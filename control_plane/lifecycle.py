@@ -14,6 +14,10 @@ LIFELINE_VARIABLE = "TRIPTYCH_LIFELINE"
 """Set by a launcher that keeps the other end of our standard input: when it closes, the launcher is gone."""
 
 LIFELINE_BYTES = 4_096
+REPEAT_WITHIN_S = 1.0  # a supervisor that signals everybody, and the launcher that passes it on, ask once between them
+STATUS_BUG = 1
+STATUS_MISTAKE = 2  # of the person who started us: to start the same again is no remedy
+STATUS_AT_ONCE = 130  # ended without the orderly way
 
 
 def configure_logging(process: str, level: str) -> None:
@@ -25,10 +29,11 @@ def configure_logging(process: str, level: str) -> None:
 
 
 class Shutdown:
-    """Asked to end: by SIGTERM, SIGINT, or the launcher's death. Asked twice: end at once."""
+    """Asked to end: by SIGTERM, SIGINT, or the launcher's death. Asked again, later: end at once."""
 
     def __init__(self) -> None:
         self._asked = asyncio.Event()
+        self._first_signal_s: float | None = None
         self._crashed = False
 
     def install(self) -> None:
@@ -52,20 +57,25 @@ class Shutdown:
 
     @property
     def exit_status(self) -> int:
-        return 1 if self._crashed else 0
+        return STATUS_BUG if self._crashed else 0
 
     @property
     def crashed(self) -> bool:
         return self._crashed
 
     def _on_signal(self) -> None:
-        if self._asked.is_set():
-            os._exit(130)  # the second signal: whoever sends it does not want to wait
-        self._asked.set()
+        now_s = asyncio.get_running_loop().time()
+        if self._first_signal_s is None:
+            self._first_signal_s = now_s
+            self._asked.set()
+        elif now_s - self._first_signal_s >= REPEAT_WITHIN_S:
+            os._exit(STATUS_AT_ONCE)  # whoever sends a second one does not want to wait
 
     def _on_lifeline(self) -> None:
         with contextlib.suppress(BlockingIOError):
             if os.read(sys.stdin.fileno(), LIFELINE_BYTES):
                 return
+            if self._asked.is_set():
+                os._exit(STATUS_AT_ONCE)  # the launcher was told to end at once, and so are we
             asyncio.get_running_loop().remove_reader(sys.stdin.fileno())
             self._asked.set()

@@ -8,12 +8,12 @@ anything else       a checkpoint directory in Hugging Face's layout
 from dataclasses import dataclass
 from pathlib import Path
 
-from control_plane.options import MODEL_DEFAULT, MODEL_ORACLE, Dtype, EngineOptions, ExecutorKind
+from control_plane.options import MODEL_DEFAULT, MODEL_ORACLE, Dtype, EngineOptions, ExecutorKind, OptionError
 from engine.base.errors import InvalidArgument
 from engine.executors.oracle import OracleExecutor, oracle_schema
 from engine.executors.paced import smollm2_schema
 from engine.kv.schema import CacheSchema
-from engine.models.checkpoint import ensure_default_model
+from engine.models.checkpoint import Progress, ensure_default_model
 from engine.models.info import describe, schema_for
 
 
@@ -30,14 +30,17 @@ class ModelChoice:
     eos_token_ids: tuple[int, ...]
 
 
-def choose_model(options: EngineOptions) -> ModelChoice:
-    """Raises InvalidArgument naming what is wrong with the folder."""
+def choose_model(options: EngineOptions, progress: Progress = lambda _: None) -> ModelChoice:
+    """Reads files, and may convert the default model: not for an event loop. Raises `OptionError` on a wrong folder."""
     if options.model == MODEL_ORACLE:
         return _oracle(options)
-    path = ensure_default_model() if options.model == MODEL_DEFAULT else Path(options.model)
-    if not path.is_dir():
-        raise InvalidArgument(f"model: '{options.model}' is neither a directory nor a known name", field="model")
-    info = describe(path)
+    try:
+        path = ensure_default_model(progress=progress) if options.model == MODEL_DEFAULT else Path(options.model)
+        if not path.is_dir():
+            raise OptionError("model", f"'{options.model}' is neither a directory nor a known name")
+        info = describe(path)
+    except InvalidArgument as error:
+        raise OptionError("model", error.message.removeprefix("model: ")) from error
     dtype = info.dtype if options.dtype is Dtype.AUTO else options.dtype.value
     return ModelChoice(
         name=info.name,

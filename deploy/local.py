@@ -9,20 +9,22 @@ launcher decides nothing about requests and is not needed for them.
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
-import socket
 import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import httpx
 
-from control_plane.lifecycle import LIFELINE_VARIABLE, Shutdown, configure_logging
-from control_plane.options import EngineOptions
+from control_plane import addresses
+from control_plane.lifecycle import LIFELINE_VARIABLE, STATUS_BUG, STATUS_MISTAKE, Shutdown, configure_logging
+from control_plane.model_choice import choose_model
+from control_plane.options import EngineOptions, OptionError
 from deploy.cores import CoreShare, share_cores
 from deploy.options import ServeOptions, WorkerSpec
 
@@ -30,6 +32,7 @@ log = logging.getLogger("triptych.serve")
 
 READY_TIMEOUT_S = 120.0
 POLL_S = 0.05
+PROBE_TIMEOUT_S = 1.0  # a router that is ready answers at once; whoever else has the port may never
 RESTART_PAUSE_S = 0.5
 RESTARTS_MAX = 5  # of one process within RESTART_WINDOW_S: after that it is broken, not unlucky
 RESTART_WINDOW_S = 60.0
@@ -70,34 +73,54 @@ class Child:
             start_new_session=True,  # Ctrl-C reaches the launcher alone, which ends the others in order
         )
 
-    async def end(self, timeout_s: float) -> None:
-        """SIGTERM, and SIGKILL for one that does not listen. A stopped process is woken to hear it."""
+    async def end(self, timeout_s: float) -> bool:
+        """SIGTERM, and SIGKILL for one that does not listen: then false. A stopped process is woken to hear it."""
         if self.process is None or self.process.returncode is not None:
-            return
+            return True
         self.process.send_signal(signal.SIGTERM)
         self.process.send_signal(signal.SIGCONT)
         try:
             async with asyncio.timeout(timeout_s):
                 await self.process.wait()
+            return True
         except TimeoutError:
             log.warning("killed: %s did not end in %.0f s", self.name, timeout_s)
             self.process.kill()
             await self.process.wait()
+            return False
 
 
 class LocalCluster:
-    """The processes of one `ServeOptions`. `environments` adds variables to a child by name (tests arm failpoints)."""
+    """The processes of one `ServeOptions`. `environments` adds variables to a child by name (tests arm failpoints).
+
+    Holds the ports of its children from the beginning until `stop`, so that the kernel gives them to nobody else
+    while a child is on its way, or on its way back. A taken port is an `OptionError` at once.
+    """
 
     def __init__(self, options: ServeOptions, *, environments: Mapping[str, Mapping[str, str]] | None = None) -> None:
-        self.options = options
+        self._held_ports = contextlib.ExitStack()
+        self._controller_address = f"127.0.0.1:{self._hold('controller', '127.0.0.1', 0)}"
+        self.options = replace(
+            options,
+            port=self._hold("port", options.host, options.port),
+            admin_port=self._hold("admin-port", options.host, options.admin_port),
+            grpc_port=self._hold("grpc-port", options.host, options.grpc_port),
+        )
         self._environments = environments or {}
-        self._controller_address = f"127.0.0.1:{free_port()}"
         self.controller = self._child("controller", ["controller", "--listen", self._controller_address])
         shares = share_cores(sorted(os.sched_getaffinity(0)), options.workers)
         self.workers = [self._worker(spec, share) for spec, share in zip(options.workers, shares, strict=True)]
         self.router = self._child("router", self._router_arguments())
         self._watchers: list[asyncio.Task[None]] = []
         self.failed = asyncio.Event()
+        self.exit_status = 0  # what `failed` means for whoever started us
+
+    def _hold(self, option: str, host: str, port: int) -> int:
+        try:
+            return addresses.port_of(self._held_ports.enter_context(addresses.hold(option, host, port)))
+        except OptionError:
+            self._held_ports.close()
+            raise
 
     @property
     def children(self) -> list[Child]:
@@ -105,11 +128,11 @@ class LocalCluster:
 
     @property
     def url(self) -> str:
-        return f"http://{self.options.host}:{self.options.port}"
+        return f"http://{addresses.authority(self.options.host, self.options.port)}"
 
     @property
     def admin_url(self) -> str:
-        return f"http://{self.options.host}:{self.options.admin_port}"
+        return f"http://{addresses.authority(self.options.host, self.options.admin_port)}"
 
     def child(self, name: str) -> Child:
         return next(child for child in self.children if child.name == name)
@@ -147,7 +170,7 @@ class LocalCluster:
 
     async def wait_ready(self, timeout_s: float = READY_TIMEOUT_S) -> None:
         """Until `GET /ready` says that a request would succeed. Raises TimeoutError, or RuntimeError on a failure."""
-        async with asyncio.timeout(timeout_s), httpx.AsyncClient() as client:
+        async with asyncio.timeout(timeout_s), _probing() as client:
             while not await self._is_ready(client):
                 if self.failed.is_set():
                     raise RuntimeError("a process of the cluster cannot be started")
@@ -155,9 +178,10 @@ class LocalCluster:
 
     async def _is_ready(self, client: httpx.AsyncClient) -> bool:
         try:
-            return (await client.get(f"{self.url}/ready")).status_code == httpx.codes.OK
+            ready = (await client.get(f"{self.url}/ready")).status_code == httpx.codes.OK
         except httpx.TransportError:
             return False
+        return ready and self.router.alive  # an answer on our port need not be ours
 
     async def _watch(self, child: Child, *, restart: bool) -> None:
         """The owner of a child's restarts."""
@@ -165,24 +189,43 @@ class LocalCluster:
             assert child.process is not None
             status = await child.process.wait()
             log.warning("ended: %s status=%d", child.name, status)
+            if status == STATUS_MISTAKE:
+                self._give_up(f"{child.name} cannot run like this, for the reason it has given", STATUS_MISTAKE)
+                return
             if not restart:
+                self._give_up(f"{child.name} is not to be started again")
                 return
             if child.broken:
-                log.error("given up: %s ended %d times within %.0f s", child.name, RESTARTS_MAX, RESTART_WINDOW_S)
-                self.failed.set()
+                self._give_up(f"{child.name} ended {RESTARTS_MAX} times within {RESTART_WINDOW_S:.0f} s")
                 return
             await asyncio.sleep(RESTART_PAUSE_S)
-            await child.start()
+            try:
+                await child.start()
+            except OSError as error:  # no more processes, no more memory, no more Python
+                self._give_up(f"{child.name} cannot be started: {error}")
+                return
 
-    async def stop(self) -> None:
-        """The router drains what it has accepted; only then do the workers go."""
+    def _give_up(self, reason: str, exit_status: int = STATUS_BUG) -> None:
+        log.error("given up: %s", reason)
+        self.exit_status = exit_status
+        self.failed.set()
+
+    async def stop(self) -> bool:
+        """The router drains what it has accepted; only then do the workers go. False if one had to be killed."""
         for watcher in self._watchers:
             watcher.cancel()
         await asyncio.gather(*self._watchers, return_exceptions=True)
         timeout_s = self.options.drain_timeout_s + KILL_AFTER_S
-        await self.router.end(timeout_s)
-        await asyncio.gather(*(worker.end(timeout_s) for worker in self.workers))
-        await self.controller.end(KILL_AFTER_S)
+        ended = [await self.router.end(timeout_s)]
+        ended += await asyncio.gather(*(worker.end(timeout_s) for worker in self.workers))
+        ended += [await self.controller.end(KILL_AFTER_S)]
+        self._held_ports.close()
+        return all(ended)
+
+
+def _probing() -> httpx.AsyncClient:
+    """Straight to our own machine, whatever http_proxy says."""
+    return httpx.AsyncClient(trust_env=False, timeout=PROBE_TIMEOUT_S)
 
 
 def engine_arguments(engine: EngineOptions) -> list[str]:
@@ -201,16 +244,11 @@ def engine_arguments(engine: EngineOptions) -> list[str]:
     return [text for flag, value in values.items() if value is not None for text in (flag, str(value))]
 
 
-def free_port() -> int:
-    """A port nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def serve(options: ServeOptions) -> int:
-    """`triptych serve`: run until told to end; the exit status."""
+    """`triptych serve`: run until told to end; the exit status. Raises `OptionError` before any process starts."""
     configure_logging("serve", options.log_level)
+    # Converted once, with somebody watching, before every process of the cluster would do it.
+    choose_model(options.engine, progress=lambda message: print(message, flush=True))
     return asyncio.run(_serve(options))
 
 
@@ -218,6 +256,15 @@ async def _serve(options: ServeOptions) -> int:
     shutdown = Shutdown()
     shutdown.install()
     cluster = LocalCluster(options)
+    try:
+        status = await _run(cluster, shutdown)
+    finally:
+        all_ended = await cluster.stop()
+    return status if all_ended else STATUS_BUG
+
+
+async def _run(cluster: LocalCluster, shutdown: Shutdown) -> int:
+    """From the first process until the cluster is to end; the exit status if it ends well."""
     started_s = time.monotonic()
     await cluster.start()
     failed = asyncio.create_task(cluster.failed.wait())
@@ -230,12 +277,11 @@ async def _serve(options: ServeOptions) -> int:
             await asyncio.wait((failed, asked), return_when=asyncio.FIRST_COMPLETED)
         elif not asked.done():
             log.error("the cluster did not become ready")
-        return 0 if asked.done() else 1
+        return 0 if asked.done() else cluster.exit_status or STATUS_BUG
     finally:
         for task in (failed, asked, ready):
             task.cancel()
         await asyncio.gather(failed, asked, ready, return_exceptions=True)
-        await cluster.stop()
 
 
 def _announce(cluster: LocalCluster, seconds: float) -> None:

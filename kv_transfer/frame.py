@@ -19,6 +19,7 @@ transfer id can also compute a checksum, so a frame that passes is *intact*, and
 This module neither encodes KV (`codecs`) nor decides anything (`source`, `target`).
 """
 
+import io
 import re
 import struct
 from collections.abc import Sequence
@@ -152,13 +153,35 @@ _NO_ATOM: Final = (0, 0, 0, 0, 0, 0, 1, 0, 0, 0)  # tp_size is 1 even where it m
 # -- writing -----------------------------------------------------------------------------------------------------------
 def seal(header: FrameHeader, payload_parts: Sequence[bytes | memoryview]) -> bytes:
     """The whole frame. Copies the payload once; raises ValueError for a header that no receiver would take."""
+    return b"".join([_sealed_head(header, payload_parts), *payload_parts])
+
+
+class Draft:
+    """A frame whose payload is written where it will be sent from, and which is sealed without a copy.
+
+    one buffer   | header, written last | payload, written first ... |
+    """
+
+    def __init__(self, payload_bytes: int) -> None:
+        # Whatever a BytesIO was made from and nobody else refers to, it hands out again as it is.
+        self._file = io.BytesIO(bytes(HEADER_BYTES + payload_bytes))
+        self._frame = self._file.getbuffer()
+        self.payload = self._frame[HEADER_BYTES:]
+
+    def seal(self, header: FrameHeader) -> bytes:
+        """As `seal`. Once, and nobody writes to the payload after it."""
+        self._frame[:HEADER_BYTES] = _sealed_head(header, [self.payload])
+        return self._file.getvalue()
+
+
+def _sealed_head(header: FrameHeader, payload_parts: Sequence[bytes | memoryview]) -> bytearray:
     header = replace(header, payload_bytes=sum(len(part) for part in payload_parts))
     reason = _why_not_sealable(header)
     if reason is not None:
         raise ValueError(f"not a frame ({reason}): {header}")
     head = bytearray(_pack(header))
     head[_CHECKSUM] = _checksum(head, payload_parts).to_bytes(8, "little")
-    return b"".join([head, *payload_parts])
+    return head
 
 
 def seal_reply(

@@ -16,7 +16,7 @@ from engine.commands import BlockTable
 from engine.kv.arena import Arena, Range
 from engine.kv.schema import Stream
 from kv_transfer import frame as frames
-from kv_transfer.codecs import Atom, check_codec_untrusted, encode_or_raw
+from kv_transfer.codecs import RAW, Atom, check_codec_untrusted, encode_or_raw
 from kv_transfer.frame import FrameHeader
 
 ATOM_TOKENS = 64
@@ -35,11 +35,14 @@ class EncodeJob:
     table: BlockTable
 
     def run(self, memory: Arena) -> bytes:
-        header = self.header
-        shape = frames.atom_shape(header, memory.schema.kv)
-        atom = Atom(shape, memory.read(self.table, shape.layers, shape.tokens, shape.heads))
-        codec, level, payload = encode_or_raw(header.codec, atom, header.level)
-        return frames.seal(replace(header, codec=codec, level=level, raw_bytes=shape.raw_bytes), [payload])
+        shape = frames.atom_shape(self.header, memory.schema.kv)
+        draft = frames.Draft(shape.raw_bytes)
+        atom = Atom(shape, memory.read(self.table, shape.layers, shape.tokens, shape.heads, into=draft.payload))
+        codec, level, payload = encode_or_raw(self.header.codec, atom, self.header.level)
+        header = replace(self.header, codec=codec, level=level, raw_bytes=shape.raw_bytes)
+        if codec == RAW:  # whose payload is the atom as it is: it lies where it was read to
+            return draft.seal(header)
+        return frames.seal(header, [payload])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,15 +4,17 @@ Helpers for one package live beside its tests, not here.
 """
 
 import asyncio
+import contextlib
 import inspect
 import os
-import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import hypothesis
 import pytest
+
+from control_plane.addresses import hold, port_of
 
 LOOP_TURNS_TO_END = 8  # a cancelled task needs a few turns of the loop for its `finally` blocks
 
@@ -84,20 +86,7 @@ def model_dir() -> Path:
 
 @pytest.fixture
 def free_port() -> Iterator[Callable[[], int]]:
-    """A function that gives TCP ports on loopback which nobody uses now, a different one at each call.
-
-    The sockets stay bound, without listening, until the test ends: so two calls never give the same port, and
-    SO_REUSEADDR lets the server under test bind it all the same.
-    """
-    held: list[socket.socket] = []
-
-    def take() -> int:
-        holder = socket.socket()
-        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        holder.bind(("127.0.0.1", 0))
-        held.append(holder)
-        return int(holder.getsockname()[1])
-
-    yield take
-    for holder in held:
-        holder.close()
+    """A function that gives TCP ports on loopback which nobody uses now, a different one at each call: they are held
+    until the test ends, and the server under test can bind them all the same."""
+    with contextlib.ExitStack() as held:
+        yield lambda: port_of(held.enter_context(hold("port", "127.0.0.1", 0)))

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 
+from control_plane import addresses
 from control_plane.controller.core import ControllerCore
 from control_plane.lifecycle import Shutdown, configure_logging
 from control_plane.options import ControllerOptions
@@ -14,7 +15,8 @@ log = logging.getLogger("triptych.controller")
 
 def main(options: ControllerOptions) -> int:
     configure_logging("controller", options.log_level)
-    return asyncio.run(_serve(options))
+    with addresses.hold("listen", *addresses.split(options.listen)):  # before gRPC finds out, at greater length
+        return asyncio.run(_serve(options))
 
 
 async def _serve(options: ControllerOptions) -> int:

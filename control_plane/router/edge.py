@@ -82,8 +82,8 @@ class Delta(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Config:
     requests_max: int = limits.ROUTER_REQUESTS_MAX
-    unread_tokens_max: int = 1_024  # more than any socket buffer explains: the client does not read
-    read_grace_ms: int = 30_000  # after the request's deadline, for the client to take what is buffered
+    unread_tokens_max: int = limits.UNREAD_TOKENS_MAX
+    read_grace_ms: int = limits.READ_GRACE_MS
     retry_after_ms: int = limits.RETRY_AFTER_MS
 
 
@@ -111,18 +111,25 @@ class Edge:
         self._keys = itertools.count(1)
         self._live: dict[int, RequestStream] = {}
         self._keys_by_id: dict[str, int] = {}
+        self._over: TriptychError | None = None  # set: the core says nothing more, whatever is submitted
 
     @property
     def in_flight(self) -> int:
         return len(self._live)
 
     # -- from handlers -------------------------------------------------------------------------------------------------
-    def open(self, request: ValidatedRequest) -> "RequestStream":
-        """Submit a request. Raises `ResourceExhausted` before anything is started."""
+    def check_room(self) -> None:
+        """Raises what `open` would raise. For handlers, before they read a body that nobody will look at."""
+        if self._over is not None:
+            raise self._over
         if len(self._live) >= self.config.requests_max:
             raise ResourceExhausted(
                 f"at most {self.config.requests_max} requests at a time", retry_after_ms=self.config.retry_after_ms
             )
+
+    def open(self, request: ValidatedRequest) -> "RequestStream":
+        """Submit a request. Raises `ResourceExhausted`, or what `end_all` was told, before anything is started."""
+        self.check_room()
         stream = RequestStream(
             self, next(self._keys), self._mint_id(), request, self._detokenizer(request), self._clock_us()
         )
@@ -147,6 +154,13 @@ class Edge:
         """Tell the core, unless it has already ended the request. The entry stays until the core's `Ended`."""
         if stream.key in self._live:
             self._deliver(Cancel(stream.key))
+
+    # -- from the owner ------------------------------------------------------------------------------------------------
+    def end_all(self, error: TriptychError) -> None:
+        """The core has ended, in order or not: so does every request that it left, and all that still come."""
+        self._over = error
+        for stream in tuple(self._live.values()):
+            self._end(stream, Ended(key=stream.key, error=error, stats=RequestStats()))
 
     # -- from the core -------------------------------------------------------------------------------------------------
     def on_output(self, output: TokensReady | Ended) -> None:

@@ -5,18 +5,21 @@
 
 Completions are a raw ASGI application: a streamed token costs one wake-up, one JSON string and one `send`; everything
 around it is built once per request. Response headers wait for the first token, so that a request which fails before it
-gets its true status. A client that goes away closes its stream, which frees everything everywhere.
+gets its true status. A client that goes away closes its stream, which frees everything everywhere. A router that is
+full says so before it reads a body.
 
-Times outside this module: header and idle limits are the server's (uvicorn); deadlines of the work are the core's.
-What does not belong here: checking values (`validation`), request life (`edge`).
+Times outside this module: those of connections and headers are `http_server`'s; deadlines of the work are the core's.
+What does not belong here: decoding (`body`), checking values (`validation`), request life (`edge`).
 """
 
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, Final
+from types import TracebackType
+from typing import Any, Final, Self
 
 import msgspec
 from starlette.applications import Starlette
@@ -26,10 +29,11 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
+from control_plane.router.body import BodyMemory, BodyTooLarge, HeldBody
 from control_plane.router.edge import Delta, Edge, RequestStream, RouterState, as_ours, public_message, word
 from control_plane.router.metrics import RouterMetrics
 from control_plane.router.requests import Ended, RequestStats
-from control_plane.router.validation import Validator
+from control_plane.router.validation import ValidatedRequest, Validator
 from control_plane.router.vocabulary import ModelCard
 from engine.base import limits
 from engine.base.errors import InvalidArgument, NotFound, Status, TriptychError
@@ -43,11 +47,8 @@ encode_json: Final = msgspec.json.encode
 class Config:
     version: str = "0"
     body_bytes_max: int = limits.BODY_BYTES_MAX
-    body_read_ms: int = 30_000  # a body that takes longer is an attack or a dead link (reliability C9)
-
-
-class BodyTooLarge(InvalidArgument):
-    """Refused while reading: no more than the limit is ever held."""
+    body_read_ms: int = limits.BODY_READ_MS
+    bodies_held_bytes_max: int = limits.BODIES_HELD_BYTES_MAX
 
 
 class BodyTooSlow(InvalidArgument):
@@ -55,7 +56,7 @@ class BodyTooSlow(InvalidArgument):
 
 
 class ClientGone(Exception):
-    """The client left before its body was whole: nobody is there to answer."""
+    """The client left before its request was one: nobody is there to answer."""
 
 
 def public_app(
@@ -75,6 +76,7 @@ def public_app(
         Route("/v1/completions", completions, methods=["POST"]),
         Route("/v1/models", _constant(models_body(edge.card, created))),
         Route("/version", _constant({"version": config.version})),
+        *(Route(path, _not_yet(path), methods=["POST"]) for path in NOT_YET),
         *_probe_routes(state, metrics),
     )
 
@@ -97,46 +99,98 @@ class Completions:
         self._validator = validator
         self._wall_s = wall_s
         self._config = config
+        self._bodies = BodyMemory(config.bodies_held_bytes_max)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         label = request_label(scope)
-        try:
-            stream = await self._open(receive, label)
-        except ClientGone:
-            return
-        except Exception as raised:
-            error = as_ours(raised)
-            self._edge.refused(error, label)
-            await send_error(send, error, label)
-            return
-        with stream:
-            await self._serve(stream, receive, send)
-
-    async def _open(self, receive: Receive, label: str) -> RequestStream:
-        async with asyncio.timeout(self._config.body_read_ms / 1000) as limit:
+        async with Departure(receive) as departure:
             try:
-                body = await read_body(receive, self._config.body_bytes_max)
-            except asyncio.CancelledError:
-                if limit.expired():
-                    raise BodyTooSlow(
-                        f"body: must arrive within {self._config.body_read_ms} ms", field="body"
-                    ) from None
-                raise
-        request = await self._validator.completion(body, label=label)
-        return self._edge.open(request)
+                stream = self._edge.open(await self._request(receive, departure, label))
+            except ClientGone:
+                return
+            except Exception as raised:
+                error = as_ours(raised)
+                self._edge.refused(error, label)
+                await send_error(send, error, label)
+                return
+            with stream:
+                departure.then(lambda: stream.close("client disconnected"))
+                await self._serve(stream, send)
 
-    async def _serve(self, stream: RequestStream, receive: Receive, send: Send) -> None:
-        """Answer while watching for the client's departure. Two tasks, both gone when this returns."""
-        watch = asyncio.create_task(_close_on_disconnect(receive, stream))
+    async def _request(self, receive: Receive, departure: "Departure", label: str) -> ValidatedRequest:
+        arrived_us = self._validator.clock_us()
+        self._edge.check_room()
+        with self._bodies.hold(self._config.body_bytes_max) as body:
+            await self._read(receive, body)
+            departure.watch()
+            async with departure.interrupts():
+                return await self._validator.completion(body.whole(), label=label, arrived_us=arrived_us)
+
+    async def _read(self, receive: Receive, body: HeldBody) -> None:
+        try:
+            async with asyncio.timeout(self._config.body_read_ms / 1000):
+                await read_body(receive, body)
+        except TimeoutError:
+            raise BodyTooSlow(f"body: must arrive within {self._config.body_read_ms} ms", field="body") from None
+
+    async def _serve(self, stream: RequestStream, send: Send) -> None:
         answer = Answer(stream, int(self._wall_s()), self._edge.card.name)
         try:
             async with stream.patience():
                 await (answer.stream(send) if stream.request.stream else answer.whole(send))
         except (TimeoutError, OSError):  # does not read, or is gone; an incomplete response makes the server hang up
             log.debug("response abandoned id=%s", stream.id)
-        finally:
-            watch.cancel()
-            await asyncio.gather(watch, return_exceptions=True)
+
+
+class Departure:
+    """Watches, once the body is whole, for the client to leave, and then does the one thing that stops its work.
+
+    The task that watches is gone when the `async with` block is left.
+    """
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._gone = False
+        self._stop: Callable[[], None] = _nothing
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    def watch(self) -> None:
+        self._task = asyncio.create_task(self._until_disconnect())
+
+    def then(self, stop: Callable[[], None]) -> None:
+        """From now on `stop` is what ends the work; called at once if the client has left already."""
+        self._stop = stop
+        if self._gone:
+            stop()
+
+    @asynccontextmanager
+    async def interrupts(self) -> AsyncIterator[None]:
+        """`ClientGone` inside the block, at whatever it waits for."""
+        try:
+            async with asyncio.timeout(None) as limit:
+                self.then(lambda: None if limit.expired() else limit.reschedule(0.0))
+                try:
+                    yield
+                finally:
+                    self._stop = _nothing
+        except TimeoutError:
+            raise ClientGone from None
+
+    async def _until_disconnect(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._gone = True
+        self._stop()
 
 
 class Answer:
@@ -245,26 +299,18 @@ def stats_body(stats: RequestStats) -> dict[str, Any]:
     return asdict(stats)
 
 
-async def _close_on_disconnect(receive: Receive, stream: RequestStream) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    stream.close("client disconnected")
+def _nothing() -> None:
+    pass
 
 
-async def read_body(receive: Receive, bytes_max: int) -> bytes:
-    """The whole body, counted as it arrives: a length header is a claim, and chunked bodies have none."""
-    parts: list[bytes] = []
-    size = 0
+async def read_body(receive: Receive, body: HeldBody) -> None:
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientGone
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
-        if size > bytes_max:
-            raise BodyTooLarge(f"body: at most {bytes_max} bytes", field="body")
+        body.append(message.get("body", b""))
         if not message.get("more_body", False):
-            return b"".join(parts)
+            return
 
 
 def request_label(scope: Scope) -> str:
@@ -295,6 +341,7 @@ ERROR_TYPES: Final[Mapping[int, str]] = {
     409: "ConflictError",
     413: "RequestTooLargeError",
     429: "RateLimitError",
+    431: "RequestTooLargeError",
     499: "ClientClosedRequestError",
     500: "InternalServerError",
     502: "BadGatewayError",
@@ -313,23 +360,43 @@ def http_status(error: TriptychError) -> int:
 def error_body(error: TriptychError) -> dict[str, Any]:
     """Nested, as OpenAI and vLLM have it."""
     field = error.field if isinstance(error, InvalidArgument) else None
-    return _error(http_status(error), public_message(error), field)
+    return error_value(http_status(error), public_message(error), field)
 
 
 async def send_error(send: Send, error: TriptychError, label: str) -> None:
     status = http_status(error)
     headers = [(b"x-request-id", label.encode())] if label else []
     if status in RETRYABLE:
-        retry_after_s = math.ceil((error.retry_after_ms or limits.RETRY_AFTER_MS) / 1000)
-        headers.append((b"retry-after", str(retry_after_s).encode()))
+        headers.append((b"retry-after", retry_after(error.retry_after_ms or limits.RETRY_AFTER_MS)))
     if isinstance(error, BodyTooLarge | BodyTooSlow):
-        headers.append((b"connection", b"close"))  # the rest of the body is not read
+        headers.append((b"connection", b"close"))  # the rest of the body is not waited for
     await _send_whole(send, status, error_body(error), headers)
 
 
-def _error(status: int, message: str, param: str | None = None) -> dict[str, Any]:
+def retry_after(delay_ms: int) -> bytes:
+    """The header's value, in whole seconds."""
+    return b"%d" % math.ceil(delay_ms / 1000)
+
+
+def error_value(status: int, message: str, param: str | None = None) -> dict[str, Any]:
     kind = ERROR_TYPES.get(status, "BadRequestError" if status < 500 else "InternalServerError")
     return {"error": {"message": message, "type": kind, "param": param, "code": status}}
+
+
+# -- what clients of OpenAI and vLLM ask for and is not there yet: a clear 400 -----------------------------------------
+NOT_YET: Final = (
+    *("/v1/chat/completions", "/v1/responses", "/v1/messages", "/v1/embeddings"),
+    *("/v1/rerank", "/v1/score", "/tokenize", "/detokenize"),
+)
+
+
+def _not_yet(path: str) -> Callable[[Request], Any]:
+    body = error_value(400, f"{path}: not served yet; POST /v1/completions is")
+
+    async def endpoint(_: Request) -> Response:
+        return json_response(body, 400)
+
+    return endpoint
 
 
 # -- the small endpoints -----------------------------------------------------------------------------------------------
@@ -353,7 +420,7 @@ def _probe_routes(state: RouterState, metrics: RouterMetrics) -> list[Route]:
 
     async def ready(_: Request) -> Response:
         is_ready = state.ready
-        retry = {} if is_ready else {"retry-after": str(math.ceil(limits.RETRY_AFTER_MS / 1000))}
+        retry = {} if is_ready else {"retry-after": retry_after(limits.RETRY_AFTER_MS).decode()}
         body = {"ready": is_ready, "in_flight": state.in_flight}
         return json_response(body, 200 if is_ready else 503, retry)
 
@@ -367,10 +434,10 @@ def _probe_routes(state: RouterState, metrics: RouterMetrics) -> list[Route]:
 def _application(*routes: Route) -> Starlette:
     async def refuse(_: Request, raised: Exception) -> Response:
         assert isinstance(raised, HTTPException)
-        return json_response(_error(raised.status_code, raised.detail), raised.status_code, raised.headers)
+        return json_response(error_value(raised.status_code, raised.detail), raised.status_code, raised.headers)
 
     async def bug(_: Request, raised: Exception) -> Response:
-        return json_response(_error(500, "internal error"), 500)
+        return json_response(error_value(500, "internal error"), 500)
 
     app = Starlette(routes=routes, exception_handlers={HTTPException: refuse, Exception: bug})
     app.router.redirect_slashes = False  # a redirected POST loses its body in half of the clients

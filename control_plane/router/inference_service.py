@@ -59,6 +59,7 @@ class InferenceService(pb_grpc.InferenceServicer):
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
         label = word(request.request_id)
         try:
+            self._edge.check_room()
             stream = self._edge.open(await self._validator.validate(request_fields(request), label=label))
         except Exception as raised:
             error = as_ours(raised)

@@ -1,13 +1,15 @@
 """The router's Prometheus metrics: what only the router can know, because it alone sees every token of every request.
 
-One registry per `RouterMetrics`, none global. Every label value comes from a bounded set: never a request id, a tenant,
-a prompt, or a name that a client chose. Figures of the core and of the workers are read at scrape time through
-`RouterState`, so that nothing is counted in two places.
+One registry per `RouterMetrics`, none global. No label is a request id, a tenant, a prompt, or a name that a client
+chose. Words that workers choose (codecs, reasons, events) are labels as long as there are few; the rest are "other".
+Figures of the core and of the workers are read at scrape time through `RouterState`, so that nothing is counted in two
+places.
 
 What does not belong here: the workers' own metrics, and when to scrape.
 """
 
 from collections import Counter as Tally
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -18,8 +20,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from control_plane.router import edge
 from control_plane.router.edge import RequestRecord, RouterState
 from control_plane.router.requests import RequestStats, WorkerView
+from engine.base import limits
 from engine.base.errors import Status
 from engine.types import FinishReason, Role
 
@@ -30,6 +34,9 @@ WORKER_STATES: Final = (  # DESIGN section 7
     *("REBINDING", "WARMING", "ROLLING_BACK", "FAILED"),
 )
 US_PER_S: Final = 1_000_000
+OTHER: Final = "other"
+
+Labels = tuple[str, ...]  # values, in the order of the metric's label names
 
 FIRST_TOKEN_BUCKETS_S: Final = (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 30, 60, 120)
 PER_TOKEN_BUCKETS_S: Final = (0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
@@ -38,7 +45,26 @@ REQUEST_BUCKETS_S: Final = (0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300, 60
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    codecs_max: int = 64  # label values; further codecs count as "other"
+    label_values_max: int = limits.METRIC_LABEL_VALUES_MAX
+
+
+class OpenLabels:
+    """Label values of one metric from an open set: the first come keep their names, the others share one.
+
+    Once named, always named: a series that moved between two names would go down, which a counter must not.
+    """
+
+    def __init__(self, values_max: int, *named: Labels) -> None:
+        self._values_max = values_max
+        self._named = set(named)
+
+    def __call__(self, values: Labels) -> Labels:
+        values = tuple(value[: limits.METRIC_LABEL_CHARACTERS_MAX] for value in values)
+        if values not in self._named:
+            if len(self._named) >= self._values_max:
+                return (OTHER,) * len(values)
+            self._named.add(values)
+        return values
 
 
 class RouterMetrics:
@@ -47,13 +73,13 @@ class RouterMetrics:
     def __init__(self, config: Config | None = None) -> None:
         self.registry = CollectorRegistry()
         self._config = config or Config()
-        self._codecs = {"raw"}
+        self._codecs = OpenLabels(self._config.label_values_max, ("raw",))
         self._define_counters()
         self._define_histograms()
 
     def export(self, state: RouterState) -> None:
         """Also expose the core's counters and the workers, read at each scrape."""
-        self.registry.register(RouterStateCollector(state))
+        self.registry.register(RouterStateCollector(state, self._config.label_values_max))
 
     def render(self, accept: str = "") -> tuple[bytes, str]:
         """The exposition and its content type, in the format that the scraper asked for."""
@@ -82,15 +108,9 @@ class RouterMetrics:
     def _transferred(self, stats: RequestStats) -> None:
         if not stats.kv_bytes_wire:
             return
-        codec = self._codec_label(stats.codec)
+        (codec,) = self._codecs((stats.codec,))
         self._kv_bytes.labels(codec, "raw").inc(stats.kv_bytes_raw)
         self._kv_bytes.labels(codec, "wire").inc(stats.kv_bytes_wire)
-
-    def _codec_label(self, codec: str) -> str:
-        if codec not in self._codecs and len(self._codecs) >= self._config.codecs_max:
-            return "other"
-        self._codecs.add(codec)
-        return codec
 
     def _define_counters(self) -> None:
         def counter(name: str, text: str, *labels: str) -> Counter:
@@ -126,8 +146,9 @@ class RouterMetrics:
 class RouterStateCollector(Collector):
     """Reads the core at scrape time."""
 
-    def __init__(self, state: RouterState) -> None:
+    def __init__(self, state: RouterState, label_values_max: int = limits.METRIC_LABEL_VALUES_MAX) -> None:
         self._state = state
+        self._labels: defaultdict[str, OpenLabels] = defaultdict(lambda: OpenLabels(label_values_max))
 
     def collect(self) -> Iterator[Metric]:
         yield _gauge("requests_in_flight", "Submitted and not ended.", self._state.in_flight)
@@ -141,9 +162,15 @@ class RouterStateCollector(Collector):
             series = list(group)
             label_names = [label for label, _ in series[0][0][1]]
             family = CounterMetricFamily(_metric_name(name), f"Counted by the core: {name}.", labels=label_names)
-            for (_, labels), value in series:
-                family.add_metric([text for _, text in labels], value)
+            for labels, value in self._named(name, series).items():
+                family.add_metric(labels, value)
             yield family
+
+    def _named(self, name: str, series: Iterable[tuple[tuple[str, edge.Labels], float]]) -> Tally[Labels]:
+        sums: Tally[Labels] = Tally()
+        for (_, labels), value in series:
+            sums[self._labels[name](tuple(text for _, text in labels))] += value  # type: ignore[assignment]  # float
+        return sums
 
 
 def _worker_families(workers: Iterable[WorkerView]) -> Iterator[Metric]:
@@ -152,7 +179,7 @@ def _worker_families(workers: Iterable[WorkerView]) -> Iterator[Metric]:
     by_role_and_state = Tally((role, _state_label(worker)) for worker in workers for role in worker.roles)
     family = GaugeMetricFamily(PREFIX + "workers", "Workers by role and state.", labels=["role", "state"])
     for role in Role:
-        for state in (*WORKER_STATES, "other"):
+        for state in (*WORKER_STATES, OTHER):
             family.add_metric([role.value, state], by_role_and_state[role.value, state])
     yield family
     sums: dict[str, Callable[[WorkerView], int]] = {
@@ -168,7 +195,7 @@ def _worker_families(workers: Iterable[WorkerView]) -> Iterator[Metric]:
 
 def _state_label(worker: WorkerView) -> str:
     state = worker.state.upper()
-    return state if state in WORKER_STATES else "other"
+    return state if state in WORKER_STATES else OTHER
 
 
 def _metric_name(name: str) -> str:

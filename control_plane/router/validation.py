@@ -23,9 +23,10 @@ from typing import Any, Final
 
 import msgspec
 
+from control_plane.router import body as bodies
 from control_plane.router.vocabulary import ModelCard, Vocabulary
 from engine.base import limits
-from engine.base.errors import FrameError, InvalidArgument, NotFound, ResourceExhausted
+from engine.base.errors import DeadlineExceeded, FrameError, InvalidArgument, NotFound, ResourceExhausted
 from engine.types import SamplingParams
 
 log = logging.getLogger("triptych.router")
@@ -87,12 +88,6 @@ KNOWN: Final = SERVED | NOT_SERVED.keys()
 STREAM_OPTIONS: Final = ("include_usage", "continuous_usage_stats")
 TRIPTYCH_KEYS: Final = ("codec", "deadline_ms")
 
-BODY_ERRORS: Final[Mapping[str, str]] = {
-    "json_syntax": "body: must be one JSON value in UTF-8 (no NaN, no Infinity, no lone surrogates, 64-bit numbers)",
-    "json_depth": "body: nested too deeply",
-    "json_not_object": "body: must be a JSON object",
-}
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ValidatedRequest:
@@ -100,7 +95,7 @@ class ValidatedRequest:
 
     token_ids: tuple[int, ...]
     sampling: SamplingParams
-    deadline_ms: int = limits.REQUEST_DEADLINE_MS
+    deadline_ms: int = limits.REQUEST_DEADLINE_MS  # what is left of it: reading and checking have had their share
     codec: str = ""  # "": the router chooses
     stream: bool = False
     include_usage: bool = False
@@ -111,9 +106,9 @@ class ValidatedRequest:
 @dataclass(frozen=True, slots=True)
 class Config:
     codecs: tuple[str, ...] = ("raw",)  # that a request may ask for
-    inline_characters_max: int = 4_096  # about 1 ms of encoding; longer prompts leave the event loop
-    encodes_waiting_max: int = 64
-    unknown_names_max: int = 256  # remembered, so that each is logged once
+    inline_characters_max: int = limits.INLINE_CHARACTERS_MAX
+    encodes_waiting_max: int = limits.ENCODES_WAITING_MAX
+    unknown_names_max: int = limits.UNKNOWN_NAMES_MAX
     deadline_ms_default: int = limits.REQUEST_DEADLINE_MS
 
 
@@ -147,7 +142,9 @@ class Validator:
         vocabulary: Vocabulary,
         draw_seed: Callable[[], int],
         count_unknown: Callable[[int], None],
+        clock_us: Callable[[], int] | None = None,
     ) -> None:
+        self.clock_us = clock_us or _loop_us  # whoever takes a request in reads it first: deadlines run from then
         self._config = config
         self._card = card
         self._vocabulary = vocabulary
@@ -159,15 +156,17 @@ class Validator:
     def close(self) -> None:
         self._encoder.shutdown(wait=False, cancel_futures=True)
 
-    async def completion(self, body: bytes, *, label: str = "") -> ValidatedRequest:
+    async def completion(self, body: bytes, *, label: str = "", arrived_us: int | None = None) -> ValidatedRequest:
         """The body of `POST /v1/completions`."""
         try:
-            fields = decode_body_untrusted(body)
+            fields = bodies.decode_body_untrusted(body, KNOWN)
         except FrameError as error:
-            raise InvalidArgument(BODY_ERRORS[error.reason], field="body") from None
-        return await self.validate(fields, label=label)
+            message = bodies.ERRORS[error.reason]
+            raise InvalidArgument(message, field=message.partition(":")[0]) from None
+        return await self.validate(fields, label=label, arrived_us=arrived_us)
 
-    async def validate(self, fields: Fields, *, label: str = "") -> ValidatedRequest:
+    async def validate(self, fields: Fields, *, label: str = "", arrived_us: int | None = None) -> ValidatedRequest:
+        arrived_us = self.clock_us() if arrived_us is None else arrived_us
         self._unknown.note(sorted(fields.keys() - KNOWN))
         self._check_model(fields)
         refuse_not_served(fields)
@@ -175,17 +174,23 @@ class Validator:
         codec, deadline_ms = self._triptych(fields)
         prompt = read_prompt(fields)
         wanted = self._sampling_fields(fields)
-        token_ids = await self._token_ids(prompt)
+        token_ids = await self._token_ids(prompt, self._left_ms(arrived_us, deadline_ms))
         return ValidatedRequest(
             token_ids=token_ids,
             sampling=SamplingParams(max_tokens=self._max_tokens(fields, len(token_ids)), **wanted),
-            deadline_ms=deadline_ms,
+            deadline_ms=self._left_ms(arrived_us, deadline_ms),
             codec=codec,
             stream=boolean(fields, "stream"),
             include_usage=include_usage,
             continuous_usage=include_usage and continuous_usage,
             label=label,
         )
+
+    def _left_ms(self, arrived_us: int, deadline_ms: int) -> int:
+        left_ms = deadline_ms - (self.clock_us() - arrived_us) // 1_000
+        if left_ms <= 0:
+            raise DeadlineExceeded("the request's time ran out before it was started")
+        return left_ms
 
     def _check_model(self, fields: Fields) -> None:
         model = fields.get("model")
@@ -242,29 +247,39 @@ class Validator:
         check_token_ids(ids, self._card.vocab_size, field="stop_token_ids")
         return tuple(ids)
 
-    async def _token_ids(self, prompt: str | list[Any]) -> tuple[int, ...]:
-        token_ids = await self._encode(prompt) if isinstance(prompt, str) else prompt
+    async def _token_ids(self, prompt: str | list[Any], wait_ms: int) -> tuple[int, ...]:
         prompt_tokens_max = min(limits.PROMPT_TOKENS_MAX, self._card.max_model_len - 1)
+        token_ids = await self._encode(prompt, prompt_tokens_max, wait_ms) if isinstance(prompt, str) else prompt
         if not token_ids:
             raise InvalidArgument("prompt: must hold at least 1 token", field="prompt")
         if len(token_ids) > prompt_tokens_max:
-            message = (
-                f"prompt: at most {prompt_tokens_max} tokens, got {len(token_ids)} "
-                f"(the model's context is {self._card.max_model_len} tokens, prompt and output together)"
-            )
-            raise InvalidArgument(message, field="prompt")
+            raise self._prompt_too_long(prompt_tokens_max, f"{len(token_ids)}")
         check_token_ids(token_ids, self._card.vocab_size, field="prompt")
         return tuple(token_ids)
 
-    async def _encode(self, text: str) -> list[int]:
-        """Short prompts here and now; long ones one at a time on a thread of their own (the encoder drops the GIL)."""
+    def _prompt_too_long(self, tokens_max: int, got: str) -> InvalidArgument:
+        message = (
+            f"prompt: at most {tokens_max} tokens, got {got} "
+            f"(the model's context is {self._card.max_model_len} tokens, prompt and output together)"
+        )
+        return InvalidArgument(message, field="prompt")
+
+    async def _encode(self, text: str, tokens_max: int, wait_ms: int) -> list[int]:
+        """Short prompts here and now; long ones one at a time on a thread of their own (the encoder drops the GIL).
+        Text that cannot fit, whatever it says, is not encoded at all."""
+        per_token_max = self._vocabulary.characters_per_token_max
+        if per_token_max is not None and len(text) > tokens_max * per_token_max:
+            raise self._prompt_too_long(tokens_max, f"{len(text)} characters of text")
         if len(text) <= self._config.inline_characters_max:
             return self._vocabulary.encode(text)
         if self._encodes_waiting >= self._config.encodes_waiting_max:
             raise ResourceExhausted("too many long prompts at once", retry_after_ms=limits.RETRY_AFTER_MS)
         self._encodes_waiting += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._encoder, self._vocabulary.encode, text)
+            async with asyncio.timeout(wait_ms / 1000):  # leaving takes a text that still waits out of the queue
+                return await asyncio.get_running_loop().run_in_executor(self._encoder, self._vocabulary.encode, text)
+        except TimeoutError:
+            raise DeadlineExceeded("the request's time ran out while its prompt waited to be encoded") from None
         finally:
             self._encodes_waiting -= 1
 
@@ -281,31 +296,17 @@ class Validator:
         return wanted
 
 
-# -- the body ----------------------------------------------------------------------------------------------------------
-def decode_body_untrusted(body: bytes) -> dict[str, Any]:
-    """JSON as the standard has it, and an object. Depth is bounded by the decoder's own recursion check."""
-    try:
-        value = msgspec.json.decode(body)
-    except RecursionError:
-        raise FrameError("json_depth") from None
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        raise FrameError("json_syntax") from None
-    if not isinstance(value, dict):
-        raise FrameError("json_not_object")
-    return value
+def _loop_us() -> int:
+    return int(asyncio.get_running_loop().time() * 1_000_000)
 
 
+# -- groups of fields --------------------------------------------------------------------------------------------------
 def read_prompt(fields: Fields) -> str | list[Any]:
-    """One prompt: a string, a list of token ids, or a list that holds exactly one of either."""
     prompt = fields.get("prompt")
     if prompt is None:
         raise InvalidArgument("prompt: required", field="prompt")
-    if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
-        if len(prompt) > 1:
-            raise InvalidArgument("prompt: several prompts in one request are not served yet", field="prompt")
-        prompt = prompt[0]
     if not isinstance(prompt, str | list):
-        raise InvalidArgument("prompt: must be a string or a list of token ids", field="prompt")
+        raise InvalidArgument(bodies.ERRORS["prompt_shape"], field="prompt")
     return prompt
 
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from tokenizers import Tokenizer
 
@@ -26,8 +26,15 @@ class ModelCard:
     eos_token_ids: tuple[int, ...] = ()
 
 
+COMPOSED_CHARACTERS_MAX: Final = 4  # code points that Unicode's normal forms join into one (U+1F82 is made of four)
+
+
 class Vocabulary(Protocol):
     """A model's text. Thread-safe: long prompts are encoded off the event loop."""
+
+    @property
+    def characters_per_token_max(self) -> int | None:
+        """No token stands for more characters of a prompt than this; None where nothing of the kind can be said."""
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -49,6 +56,7 @@ class TokenizerVocabulary:
         self._tokenizer.no_truncation()  # a saved file may carry both; either would change a prompt silently
         self._tokenizer.no_padding()
         self._token_bytes = self._byte_table(vocab_size) if _is_byte_level(self._tokenizer) else None
+        self.characters_per_token_max = self._longest_token() if self._token_bytes is not None else None
 
     @classmethod
     def from_model_dir(
@@ -67,6 +75,15 @@ class TokenizerVocabulary:
 
     def _decode(self, token_ids: list[int]) -> str:
         return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
+
+    def _longest_token(self) -> int | None:
+        """Byte-level tokens stand for their own bytes, hence for no more characters than that, unless text is dropped
+        on the way; Unicode's normal forms only join some."""
+        description = json.loads(self._tokenizer.to_str())
+        if not _keeps_all_text(description):
+            return None
+        longest = max(map(len, self._tokenizer.get_vocab(with_added_tokens=True)), default=1)
+        return longest if description["normalizer"] is None else COMPOSED_CHARACTERS_MAX * longest
 
     def _byte_table(self, vocab_size: int) -> list[bytes]:
         """Bytes of every id; empty for special tokens and for ids that only pad the embedding matrix."""
@@ -91,6 +108,7 @@ class OracleVocabulary:
 
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
+        self.characters_per_token_max: int | None = 10  # a space and nine digits, most of them zeros
         self._token_bytes = [b" %d" % token for token in range(vocab_size)]
 
     def encode(self, text: str) -> list[int]:
@@ -108,6 +126,18 @@ class OracleVocabulary:
 def _is_byte_level(tokenizer: Tokenizer) -> bool:
     decoder = json.loads(tokenizer.to_str()).get("decoder")
     return isinstance(decoder, dict) and decoder.get("type") == "ByteLevel"
+
+
+def _keeps_all_text(description: dict[str, Any]) -> bool:
+    """No step known to drop characters, and none unknown: then so many characters are at least so many tokens."""
+    normalizer, splitter = description["normalizer"], description["pre_tokenizer"] or {}
+    steps = splitter.get("pretokenizers", [splitter])
+    return (
+        (normalizer is None or normalizer["type"] in ("NFC", "NFD", "NFKC", "NFKD"))
+        and all(step.get("type") in ("ByteLevel", "Digits", "Split") for step in steps)
+        and not any(step.get("behavior") == "Removed" for step in steps)
+        and not any(added["lstrip"] or added["rstrip"] for added in description["added_tokens"])
+    )
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -2,9 +2,12 @@
 
 Soft state only. The table says who exists; a session says who can be talked to; the newest status says how busy they
 are. When the controller is away the table stays as it is. When a session is lost everything under it is void.
+
+What workers count is added up here as it is reported, so that the sums outlive the workers and never go down.
 """
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from control_plane.router.requests import WorkerView
@@ -17,6 +20,7 @@ from engine.types import Role
 
 SERVING = "SERVING"
 LINK_PREFIX = "worker/"
+OTHER_EVENTS = "other"
 
 
 @dataclass(slots=True)
@@ -32,6 +36,7 @@ class Worker:
     redial_us: int | None = 0  # None while a link is open or being dialled
     listed: bool = True  # in the newest table
     status: pb.WorkerStatus = field(default_factory=pb.WorkerStatus)
+    events: dict[str, int] = field(default_factory=dict)  # its own counts so far; they outlive a session
     prefill_tokens: int = 0  # sent and not yet prefilled, by our own count: the status is a heartbeat old
     bound: int = 0  # reservations and decodes of ours there
 
@@ -54,6 +59,7 @@ class Worker:
 class WorkerPool:
     def __init__(self) -> None:
         self._workers: dict[str, Worker] = {}
+        self._events: Counter[str] = Counter()
         self.term = 0
 
     def __iter__(self) -> Iterator[Worker]:
@@ -105,10 +111,29 @@ class WorkerPool:
         if status.worker != worker.id:
             raise FrameError("identity")
         worker.status = status
+        self._count(worker, dict(status.counters))
         worker.info.epoch = status.epoch
         worker.info.state = status.state
         del worker.info.roles[:]
         worker.info.roles.extend(status.roles)
+
+    def _count(self, worker: Worker, events: dict[str, int]) -> None:
+        """Add what is new. A count below the one before began again at zero."""
+        for event, count in events.items():
+            before = worker.events.get(event, 0)
+            self._events[self._event_name(event)] += count - before if count >= before else count
+        worker.events = events
+
+    def _event_name(self, event: str) -> str:
+        """Names are the workers': a worker that invents new ones all the time must not fill our memory."""
+        event = event[: limits.METRIC_LABEL_CHARACTERS_MAX]
+        known = event in self._events or len(self._events) < limits.METRIC_LABEL_VALUES_MAX
+        return event if known else OTHER_EVENTS
+
+    @property
+    def events(self) -> Mapping[str, int]:
+        """What all workers that this router ever talked to have counted, by event."""
+        return self._events
 
     def holding(self, role: Role) -> list[Worker]:
         """Workers that can be asked for this role now, in a stable order."""

@@ -7,11 +7,11 @@ whoever made them closes them. Everything runs on the loop's thread except `deli
 import asyncio
 import contextlib
 import logging
+import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from engine.base import limits
@@ -26,20 +26,30 @@ _WAITING_JOBS_PER_SLOT = 64  # windows keep the number of jobs far below this; b
 _CLOSE_TIMEOUT_S = 10.0  # jobs are bounded to milliseconds; a job that takes longer than this is stuck
 
 
+Done = Callable[[JobDone], None]
+
+
 class JobPool:
     """Codec threads. At most `bound` jobs are in the threads' hands; the others wait here, first come first served.
 
-    The caller's `done` runs on the loop's thread, once per job, whatever happens to the job.
+    The caller's `done` runs on the loop's thread, once per job, whatever happens to the job. Jobs that end between two
+    turns of the loop wake it once: a frame's way through here costs less than a `concurrent.futures.Future` alone.
     """
 
     def __init__(
         self, threads: int = limits.CODEC_THREADS, bound: int = limits.CODEC_JOBS_MAX, memory: Any = None
     ) -> None:
-        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="codec")
+        self._threads = [
+            threading.Thread(target=self._work_off, name=f"codec-{n}", daemon=True) for n in range(threads)
+        ]
         self._bound = bound
         self._waiting_max = bound * _WAITING_JOBS_PER_SLOT
         self._memory = memory
-        self._waiting: deque[tuple[Run, Callable[[JobDone], None]]] = deque()
+        self._loop: asyncio.AbstractEventLoop | None = None  # since the first job
+        self._waiting: deque[tuple[Run, Done]] = deque()
+        self._handed_over: queue.SimpleQueue[tuple[Run, Done] | None] = queue.SimpleQueue()  # None ends one thread
+        self._ended: deque[tuple[JobDone, Done]] = deque()
+        self._loop_will_look = False
         self._in_threads = 0
         self._closed = False
 
@@ -48,50 +58,74 @@ class JobPool:
         """Jobs submitted and not yet done."""
         return self._in_threads + len(self._waiting)
 
-    def submit(self, run: Run, done: Callable[[JobDone], None]) -> None:
+    def submit(self, run: Run, done: Done) -> None:
         """Run it soon; `done` is called later, never from here."""
-        loop = asyncio.get_running_loop()
         if self._closed:
-            loop.call_soon(done, JobDone(run.key, error=RuntimeError("job pool closed")))
+            self._refuse(run, done, "job pool closed")
         elif self._in_threads < self._bound:
-            self._hand_over(loop, run, done)
+            self._hand_over(run, done)
         elif len(self._waiting) < self._waiting_max:
             self._waiting.append((run, done))
         else:
-            loop.call_soon(done, JobDone(run.key, error=RuntimeError(f"over {self._waiting_max} jobs waiting")))
+            self._refuse(run, done, f"over {self._waiting_max} jobs waiting")
 
     async def close(self) -> None:
         """Refuse what waits, let running jobs end (each may be writing into memory), join the threads."""
         self._closed = True
-        loop = asyncio.get_running_loop()
         while self._waiting:
-            run, done = self._waiting.popleft()
-            loop.call_soon(done, JobDone(run.key, error=RuntimeError("job pool closed")))
+            self._refuse(*self._waiting.popleft(), "job pool closed")
+        for _ in self._threads:
+            self._handed_over.put(None)
         try:
             async with asyncio.timeout(_CLOSE_TIMEOUT_S):
-                await asyncio.to_thread(self._executor.shutdown)
+                await asyncio.to_thread(self._join)
         except TimeoutError:  # the thread cannot be stopped; what remains to be closed must be, all the same
             logger.error("a codec job is stuck; going on without its thread")
 
-    def _hand_over(self, loop: asyncio.AbstractEventLoop, run: Run, done: Callable[[JobDone], None]) -> None:
+    # -- on the loop ---------------------------------------------------------------------------------------------------
+    def _hand_over(self, run: Run, done: Done) -> None:
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+            for thread in self._threads:
+                thread.start()
         self._in_threads += 1
-        future = self._executor.submit(run.job.run, self._memory)
-        future.add_done_callback(lambda ended: loop.call_soon_threadsafe(self._ended, loop, run.key, ended, done))
+        self._handed_over.put((run, done))
 
-    def _ended(
-        self, loop: asyncio.AbstractEventLoop, key: int, ended: Future[Any], done: Callable[[JobDone], None]
-    ) -> None:
-        self._in_threads -= 1
-        if self._waiting:
-            self._hand_over(loop, *self._waiting.popleft())
-        done(_job_done(key, ended))
+    def _settle(self) -> None:
+        self._loop_will_look = False  # before the look: whoever ends after it wakes the loop again
+        while self._ended:
+            ended, done = self._ended.popleft()
+            self._in_threads -= 1
+            if self._waiting:
+                self._hand_over(*self._waiting.popleft())
+            done(ended)
+
+    @staticmethod
+    def _refuse(run: Run, done: Done, reason: str) -> None:
+        asyncio.get_running_loop().call_soon(done, JobDone(run.key, error=RuntimeError(reason)))
+
+    # -- on a codec thread ---------------------------------------------------------------------------------------------
+    def _work_off(self) -> None:
+        assert self._loop is not None
+        while (job := self._handed_over.get()) is not None:
+            run, done = job
+            self._ended.append((_job_done(run, self._memory), done))
+            if not self._loop_will_look:
+                self._loop_will_look = True
+                with contextlib.suppress(RuntimeError):  # the loop is gone, and with it all who might want to know
+                    self._loop.call_soon_threadsafe(self._settle)
+
+    def _join(self) -> None:
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join(_CLOSE_TIMEOUT_S)
 
 
-def _job_done(key: int, ended: Future[Any]) -> JobDone:
-    error = ended.exception()
-    if error is None:
-        return JobDone(key, result=ended.result())
-    return JobDone(key, error=error if isinstance(error, Exception) else RuntimeError(repr(error)))
+def _job_done(run: Run, memory: Any) -> JobDone:
+    try:
+        return JobDone(run.key, result=run.job.run(memory))
+    except BaseException as error:  # whatever it is, the thread goes on and the job is answered
+        return JobDone(run.key, error=error if isinstance(error, Exception) else RuntimeError(repr(error)))
 
 
 class AsyncioHost(Host):
@@ -122,6 +156,11 @@ class AsyncioHost(Host):
     @property
     def now_us(self) -> int:
         return self._clock_ns() // 1000
+
+    @property
+    def running(self) -> bool:
+        """Between `start` and the end, whichever end: closed or crashed."""
+        return self._running
 
     def start(self) -> None:
         """Call on the loop's thread. Links may be accepted before; their events wait for `Started`."""

@@ -60,3 +60,25 @@ STEP_SEQUENCES_MAX: Final = 256
 NEAR_TURN_TOKENS: Final = 2 * STEP_TOKENS_MAX  # admitted prompt tokens ahead of the computed ones: one step, one spare
 PASSES_MAX: Final = 8  # after this many overtakings a prompt that does not fit stops all behind it
 LAYERS_PER_GROUP: Final = 5  # layers computed between two "KV is ready" announcements
+
+# -- the router's edge ---------------------------------------------------------------------------------------------
+HTTP_CONNECTIONS_MAX: Final = 4 * ROUTER_REQUESTS_MAX  # open at once on one port; each holds a descriptor and buffers
+HTTP_BACKLOG: Final = 2_048  # completed handshakes that the kernel keeps while the loop is busy; more are retried
+HTTP_HEAD_BYTES_MAX: Final = 32 << 10  # request line and headers; no client of ours needs 8 KiB
+HTTP_HEAD_MS: Final = 10_000  # from connecting, or from a request's first byte, to the end of its headers
+HTTP_IDLE_MS: Final = 30_000  # between two requests of one connection; then it makes room for another client
+HTTP_LINGER_MS: Final = 5_000  # after the last byte was handed over, for a client to take it; then it is cut off
+HTTP_STOP_MS: Final = 5_000  # after `stop`, for responses under way; draining comes before it (DRAIN_TIMEOUT_MS)
+HTTP_PIPELINED_MAX: Final = 8  # requests sent ahead of their answers: a read of 256 KiB could hold ten thousand
+OPEN_FILES_WANTED: Final = 65_536  # soft limit asked for at start: the usual 1024 is fewer than HTTP_CONNECTIONS_MAX
+BODY_READ_MS: Final = 30_000  # a body that takes longer is an attack or a dead link (reliability C9)
+BODY_FIELDS_MAX: Final = 128  # top-level names in one body; the dialect knows about 50
+BODY_BESIDE_PROMPT_BYTES_MAX: Final = 64 << 10  # everything else in a body; decoding it costs Python objects
+BODIES_HELD_BYTES_MAX: Final = 256 << 20  # bodies being read or checked, all together: the router's memory is finite
+INLINE_CHARACTERS_MAX: Final = 4_096  # about 1 ms of encoding; longer prompts leave the event loop
+ENCODES_WAITING_MAX: Final = 64  # long prompts queued for the one encoding thread; each holds its text
+UNKNOWN_NAMES_MAX: Final = 256  # unknown field names remembered, so that each is logged once and none for ever
+UNREAD_TOKENS_MAX: Final = 1_024  # more than any socket buffer explains: the client does not read
+READ_GRACE_MS: Final = 30_000  # after the request's deadline, for the client to take what is buffered
+METRIC_LABEL_VALUES_MAX: Final = 64  # series of one metric whose labels others choose; further ones count as "other"
+METRIC_LABEL_CHARACTERS_MAX: Final = 64  # a longer value is cut: label values are held for the life of the process

@@ -74,10 +74,21 @@ class Arena:
         return page_PSX
 
     # -- tokens --------------------------------------------------------------------------------------------------------
-    def read(self, table: Sequence[int], layers: Range, tokens: Range, heads: Range | None = None) -> Bytes:
-        """Copy tokens out in wire order: bytes [LG, HG, P, T, X], C-contiguous. Ranges may start and end anywhere."""
+    def read(
+        self,
+        table: Sequence[int],
+        layers: Range,
+        tokens: Range,
+        heads: Range | None = None,
+        into: memoryview | None = None,
+    ) -> Bytes:
+        """Copy tokens out in wire order: bytes [LG, HG, P, T, X], C-contiguous. Ranges may start and end anywhere.
+
+        With `into`, a buffer of just that many bytes, they are copied there and the result is a view of it.
+        """
         rows, index_LHPR = self._address(table, layers, tokens, heads)
-        rows_LHPRX = np.empty((*index_LHPR.shape, rows.shape[1]), np.uint8)
+        shape = (*index_LHPR.shape, rows.shape[1])
+        rows_LHPRX = np.empty(shape, np.uint8) if into is None else np.frombuffer(into, np.uint8).reshape(shape)
         # `clip` only because `raise` would gather into a second buffer first; the addresses are already checked.
         np.take(rows, index_LHPR, axis=0, out=rows_LHPRX, mode="clip")
         return rows_LHPRX.reshape(*index_LHPR.shape[:3], tokens[1] - tokens[0], self._head_bytes)

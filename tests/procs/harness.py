@@ -5,9 +5,10 @@ checks on what they were told. Nothing here sleeps for luck: every wait is for a
 """
 
 import asyncio
+import itertools
 import json
 import random
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,14 +16,18 @@ from typing import Any
 import httpx
 
 from control_plane.options import EngineOptions, ExecutorKind, LogLevel
-from deploy.local import LocalCluster, free_port
+from deploy.local import LocalCluster
 from deploy.options import ServeOptions
 from engine.executors.oracle import OracleExecutor, reference_tokens
+from engine.executors.paced import smollm2_schema
 from engine.types import SamplingParams
 
 ORACLE = EngineOptions(model="oracle", executor=ExecutorKind.ORACLE, max_model_len=2_048, kv_cache_mib=8)
+DEFAULT_ORACLE = OracleExecutor.Config()
+PACED_ORACLE = OracleExecutor.Config(schema=smollm2_schema())
 REQUEST_TIMEOUT_S = 60.0
 QUIET_TIMEOUT_S = 20.0
+CLIENTS = 8
 POLL_S = 0.1
 
 
@@ -34,24 +39,25 @@ async def cluster(
     decode: int = 1,
     mixed: int = 0,
     restart: bool = False,
+    drain_timeout_s: float = 5.0,
     environments: Mapping[str, Mapping[str, str]] | None = None,
     ready_timeout_s: float = 60.0,
 ) -> AsyncIterator[LocalCluster]:
     """A running cluster, ready, with ports of its own; ended whatever the test does."""
     options = ServeOptions(
         engine=engine,
-        port=free_port(),
-        admin_port=free_port(),
-        grpc_port=free_port(),
+        port=0,
+        admin_port=0,
+        grpc_port=0,
         prefill=prefill,
         decode=decode,
         mixed=mixed,
-        drain_timeout_s=5.0,
+        drain_timeout_s=drain_timeout_s,
         log_level=LogLevel.WARNING,
     )
     running = LocalCluster(options, environments=environments)
-    await running.start(restart=restart)
     try:
+        await running.start(restart=restart)
         await running.wait_ready(ready_timeout_s)
         yield running
     finally:
@@ -77,10 +83,13 @@ class Prompt:
 
 
 def oracle_prompt(
-    seed: int, *, prompt_tokens: tuple[int, int] = (1, 200), max_tokens: tuple[int, int] = (1, 40)
+    seed: int,
+    *,
+    prompt_tokens: tuple[int, int] = (1, 200),
+    max_tokens: tuple[int, int] = (1, 40),
+    config: OracleExecutor.Config = DEFAULT_ORACLE,
 ) -> Prompt:
     draw = random.Random(seed)
-    config = OracleExecutor.Config()
     token_ids = tuple(draw.randrange(config.vocab_size) for _ in range(draw.randint(*prompt_tokens)))
     temperature = draw.choice((0.0, 0.8))
     sampling = SamplingParams(
@@ -138,6 +147,20 @@ def _take(answer: Answer, data: str) -> None:
         answer.finish = choice["finish_reason"] or answer.finish
 
 
+async def ask_all(running: LocalCluster, prompts: Sequence[Prompt]) -> list[Answer]:
+    """All prompts over CLIENTS connections, each client one request after the other."""
+    answers: dict[int, Answer] = {}
+    numbers = itertools.count()
+
+    async def client_loop(client: httpx.AsyncClient) -> None:
+        while (number := next(numbers)) < len(prompts):
+            answers[number] = await ask(client, running.url, prompts[number])
+
+    async with httpx.AsyncClient() as client:
+        await asyncio.gather(*(client_loop(client) for _ in range(CLIENTS)))
+    return [answers[number] for number in range(len(prompts))]
+
+
 def verdict(prompt: Prompt, answer: Answer) -> str:
     """ "right", "wrong", or why there is no whole answer."""
     if answer.token_ids != prompt.expected[: len(answer.token_ids)]:
@@ -160,12 +183,31 @@ def holdings(worker: Mapping[str, Any]) -> dict[str, int]:
     return {"owned": worker["total_columns"] - worker["free_columns"]} | {name: worker[name] for name in names}
 
 
+def busy(seen: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+    """The workers that hold anything, and what."""
+    return {name: holdings(worker) for name, worker in seen.items() if any(holdings(worker).values())}
+
+
 async def wait_quiet(client: httpx.AsyncClient, running: LocalCluster) -> dict[str, dict[str, Any]]:
-    """Until no connected worker holds anything; returns the last look, quiet or not."""
-    deadline_s = asyncio.get_running_loop().time() + QUIET_TIMEOUT_S
-    while True:
+    """Until some workers are connected and none of them holds anything; the look that saw it. Or TimeoutError with
+    the last look."""
+    seen: dict[str, dict[str, Any]] = {}
+
+    async def quiet() -> bool:
+        nonlocal seen
         seen = {name: worker for name, worker in (await workers(client, running)).items() if worker["connected"]}
-        quiet = seen and not any(any(holdings(worker).values()) for worker in seen.values())
-        if quiet or asyncio.get_running_loop().time() > deadline_s:
-            return seen
+        return bool(seen) and not busy(seen)
+
+    await until(quiet, lambda: f"connected {sorted(seen)}, busy {busy(seen)}", QUIET_TIMEOUT_S)
+    return seen
+
+
+async def until(
+    condition: Callable[[], Awaitable[bool]], last_look: Callable[[], object], timeout_s: float = QUIET_TIMEOUT_S
+) -> None:
+    """Ask again and again; TimeoutError says what was seen last."""
+    deadline_s = asyncio.get_running_loop().time() + timeout_s
+    while not await condition():
+        if asyncio.get_running_loop().time() > deadline_s:
+            raise TimeoutError(f"after {timeout_s:.0f} s: {last_look()}")
         await asyncio.sleep(POLL_S)

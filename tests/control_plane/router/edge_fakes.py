@@ -133,6 +133,7 @@ class Router:
         vocabulary: Vocabulary | None = None,
         edge_config: edge_module.Config | None = None,
         http_config: Config | None = None,
+        validation_config: validation.Config | None = None,
     ) -> None:
         self.core = FakeCore()
         self.state = FakeState()
@@ -151,11 +152,12 @@ class Router:
         )
         self.core.edge = self.edge
         self.validator = Validator(
-            validation.Config(codecs=("raw", "int8")),
+            validation_config or validation.Config(codecs=("raw", "int8")),
             card=card,
             vocabulary=vocabulary,
             draw_seed=lambda: 77,
             count_unknown=self.metrics.unknown_fields,
+            clock_us=lambda: self.now_us,
         )
         self.app = public_app(
             edge=self.edge,

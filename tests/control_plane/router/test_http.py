@@ -2,15 +2,17 @@
 
 import asyncio
 import logging
+import threading
 from typing import Any
 
 import httpx
 import msgspec
 import pytest
 
-from control_plane.router import edge, http
+from control_plane.router import edge, http, validation
 from control_plane.router.edge import Edge
 from control_plane.router.requests import Cancel
+from control_plane.router.vocabulary import OracleVocabulary
 from engine.base import limits
 from engine.base.errors import DataLoss, DeadlineExceeded, Internal, ResourceExhausted, TriptychError, Unavailable
 from engine.types import FinishReason
@@ -187,6 +189,99 @@ async def test_a_token_that_cannot_be_decoded_fails_its_own_request_only(caplog:
     assert router.edge.in_flight == 0
     router.core.script = answers([5])
     assert (await router.complete()).status_code == 200
+
+
+@pytest.mark.parametrize("path", http.NOT_YET)
+async def test_what_is_not_there_yet_says_so(path: str) -> None:
+    answer = await Router().request("POST", path, json={"messages": []})
+    assert answer.status_code == 400
+    message = f"{path}: not served yet; POST /v1/completions is"
+    assert answer.json() == {"error": {"message": message, "type": "BadRequestError", "param": None, "code": 400}}
+
+
+async def test_a_full_router_refuses_before_it_reads_a_body() -> None:
+    router = Router(edge_config=edge.Config(requests_max=1))
+    first = Call(router.app, body())
+    await turns()
+    sent: list[Any] = []
+    await ask_with(router, [], sent)  # nothing to receive: reading would fail
+    assert sent[0]["status"] == 429 and dict(sent[0]["headers"])[b"retry-after"] == b"1"
+    first.disconnect()
+    await first.task
+
+
+async def test_bodies_are_counted_while_they_are_held_and_no_longer() -> None:
+    size = len(body())
+    router = Router(http_config=http.Config(bodies_held_bytes_max=size))
+    gate = asyncio.Event()
+
+    async def half_then_wait() -> dict[str, Any]:
+        if not gate.is_set():
+            gate.set()
+            return {"type": "http.request", "body": body()[:1], "more_body": True}
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(message: Any) -> None:
+        raise AssertionError
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
+    half = asyncio.create_task(router.app(scope, half_then_wait, send))
+    await gate.wait()
+    refused = Call(router.app, body())
+    await refused.task
+    assert refused.sent[0]["status"] == 429 and router.core.delivered == []
+    half.cancel()
+    await asyncio.gather(half, return_exceptions=True)
+    router.core.script = answers([5])
+    for _ in range(3):  # served ones give theirs back as well
+        call = Call(router.app, body())
+        await call.task
+        assert call.sent[0]["status"] == 200
+
+
+async def test_a_client_that_leaves_while_its_prompt_waits_submits_nothing() -> None:
+    may_encode = threading.Event()
+
+    class Waiting(OracleVocabulary):
+        def encode(self, text: str) -> list[int]:
+            may_encode.wait(timeout=10)
+            return super().encode(text)
+
+    config = validation.Config(inline_characters_max=0)
+    router = Router(vocabulary=Waiting(1_000), validation_config=config)
+    call = Call(router.app, body(prompt="a"))
+    await turns()
+    call.disconnect()
+    await call.task
+    assert call.sent == [] and router.core.delivered == []
+    may_encode.set()
+    router.validator.close()
+
+
+async def test_the_time_that_a_body_takes_counts_against_the_deadline() -> None:
+    router = Router()
+    router.core.script = answers([5])
+    messages = [
+        {"type": "http.request", "body": body(triptych={"deadline_ms": 100}), "more_body": True},
+        {"type": "http.request", "body": b"", "more_body": False},
+    ]
+    inbox = iter(messages)
+
+    async def receive() -> dict[str, Any]:
+        router.now_us += 20_000
+        message = next(inbox, None)
+        if message is None:
+            await asyncio.Event().wait()
+            raise AssertionError
+        return message
+
+    async def send(message: Any) -> None:
+        pass
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
+    await router.app(scope, receive, send)
+    assert router.core.submits[0].deadline_ms == 60
 
 
 async def test_more_than_the_limit_is_refused_and_an_ending_makes_room() -> None:

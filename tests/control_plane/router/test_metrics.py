@@ -65,7 +65,7 @@ def test_every_outcome_has_its_series_from_the_start() -> None:
 
 
 def test_label_sets_are_bounded() -> None:
-    router_metrics = RouterMetrics(metrics.Config(codecs_max=3))
+    router_metrics = RouterMetrics(metrics.Config(label_values_max=3))
     for index in range(50):
         stats = RequestStats(codec=f"codec{index}", kv_bytes_raw=2, kv_bytes_wire=1)
         router_metrics.request_ended(RequestRecord(outcome=f"novel{index}", stats=stats))
@@ -76,6 +76,21 @@ def test_label_sets_are_bounded() -> None:
     assert outcomes == set(OUTCOMES)
     wire = [s for s in samples if s.labels.get("stage") == "wire" and s.name == "triptych_kv_transfer_bytes_total"]
     assert sum(sample.value for sample in wire) == 50
+
+
+def test_words_of_workers_become_labels_only_while_there_are_few() -> None:
+    state = FakeState()
+    router_metrics = RouterMetrics(metrics.Config(label_values_max=2))
+    router_metrics.export(state)
+
+    def scrape() -> dict[str, float]:
+        samples = (sample for family in router_metrics.registry.collect() for sample in family.samples)
+        return {s.labels["reason"]: s.value for s in samples if s.name == "triptych_attempts_failed_total"}
+
+    state.counted = {("attempts_failed", (("reason", name),)): 1.0 for name in ("m", "z" * 500)}
+    assert scrape() == {"m": 1, "z" * 64: 1}
+    state.counted |= {("attempts_failed", (("reason", name),)): 2.0 for name in ("a", "b")}
+    assert scrape() == {"m": 1, "z" * 64: 1, "other": 4}  # who was named first keeps the name, whatever the order
 
 
 def test_two_routers_in_one_process_do_not_share_metrics() -> None:

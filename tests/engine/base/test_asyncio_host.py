@@ -296,7 +296,7 @@ async def test_at_most_the_bound_is_handed_to_the_threads() -> None:
     pool = JobPool(threads=1, bound=2, memory=memory)
     for key in range(10):
         pool.submit(Run(key, Append(key, gate)), done.append)
-    assert (pool.outstanding, pool._executor._work_queue.qsize()) == (10, 1)
+    assert (pool.outstanding, pool._in_threads) == (10, 2)
     gate.set()
     await wait_for(lambda: len(done) == 10)
     assert memory == list(range(10)) and pool.outstanding == 0

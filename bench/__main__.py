@@ -1,0 +1,57 @@
+"""`make bench`: every figure that a bar is held to, one after the other, as a table. Rewrites bench/figures/*.json.
+
+    python -m bench                 all
+    python -m bench overlap ...     some
+"""
+
+import asyncio
+import sys
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bench import overlap, quiet_engine, router_cost, stream_cost
+from bench.figures import Figure, save
+
+BENCHES: dict[str, Callable[[], Coroutine[Any, Any, list[Figure]]]] = {
+    "overlap": overlap.measure,
+    "quiet_engine": quiet_engine.measure,
+    "router_cost": router_cost.measure,
+    "stream_cost": stream_cost.measure,
+}
+
+
+def main(names: Sequence[str]) -> int:
+    console = Console()
+    unknown = [name for name in names if name not in BENCHES]
+    if unknown:
+        console.print(f"unknown: {', '.join(unknown)}; there are: {', '.join(BENCHES)}")
+        return 2
+    table = Table("figure", "value", "interval", "of", "bar", "")
+    for name in names or BENCHES:
+        console.print(f"measuring {name} ...")
+        figures = asyncio.run(BENCHES[name]())
+        save(name, figures)
+        for figure in figures:
+            table.add_row(*_row(figure))
+    console.print(table)
+    return 0
+
+
+def _row(figure: Figure) -> tuple[str, ...]:
+    low, high = figure.interval
+    sign = ">=" if figure.bar.at_least else "<="
+    return (
+        figure.bar.name,
+        f"{figure.value:.3g} {figure.bar.unit}",
+        f"{low:.3g} .. {high:.3g}",
+        str(figure.samples),
+        f"{sign} {figure.bar.limit:g}",
+        "ok" if figure.passed else "MISSED",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

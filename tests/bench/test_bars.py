@@ -1,0 +1,51 @@
+"""The measured bars as gates. Each is a count, CPU time per unit of work, or a ratio interleaved in one run."""
+
+import pytest
+
+from bench import overlap, quiet_engine, router_cost, stream_cost
+from bench.figures import Figure
+
+# What was not reached, and what must not get worse (the bar, the figure and why: ARCHITECTURE.md, "Measured").
+REACHED = {"raw KV stream": 0.28}
+
+
+def check(figures: list[Figure]) -> None:
+    for figure in figures:
+        print(figure)
+    missed = [str(figure) for figure in figures if not _holds(figure)]
+    assert not missed
+
+
+def _holds(figure: Figure) -> bool:
+    reached = REACHED.get(figure.bar.name)
+    return figure.passed if reached is None else figure.value >= reached
+
+
+@pytest.mark.slow
+@pytest.mark.procs
+@pytest.mark.model
+@pytest.mark.timeout(300)
+async def test_kv_travels_while_prefill_runs_and_the_second_token_follows(model_dir: object) -> None:
+    check(await overlap.measure())
+
+
+@pytest.mark.slow
+@pytest.mark.procs
+@pytest.mark.model
+@pytest.mark.timeout(300)
+async def test_frames_do_not_slow_the_engine(model_dir: object) -> None:
+    check(await quiet_engine.measure())
+
+
+@pytest.mark.slow
+@pytest.mark.procs
+@pytest.mark.timeout(300)
+async def test_a_streamed_token_is_cheap_for_the_router() -> None:
+    check(await router_cost.measure())
+
+
+@pytest.mark.slow
+@pytest.mark.procs
+@pytest.mark.timeout(120)
+async def test_a_raw_stream_keeps_up_with_a_bare_copy() -> None:
+    check(await stream_cost.measure())
