@@ -1,7 +1,7 @@
 """`make bench`: every figure that a bar is held to, one after the other, as a table. Rewrites bench/figures/*.json.
 
-    python -m bench                 all
-    python -m bench overlap ...     some
+python -m bench                 all
+python -m bench overlap ...     some
 """
 
 import asyncio

@@ -17,7 +17,7 @@ from control_plane.agent.process import TRACE_VARIABLE
 from control_plane.options import EngineOptions, LogLevel
 from control_plane.wire import inference_pb2 as pb
 from control_plane.wire import inference_pb2_grpc as pb_grpc
-from deploy.local import LocalCluster, free_port
+from deploy.local import LocalCluster
 from deploy.options import ServeOptions
 
 REQUEST_TIMEOUT_S = 120.0
@@ -29,9 +29,9 @@ async def cluster(engine: EngineOptions, *, trace: Path | None = None) -> AsyncI
     """One prefill and one decode worker, ready. With a `trace` folder, each writes `<name>.jsonl` there."""
     options = ServeOptions(
         engine=engine,
-        port=free_port(),
-        admin_port=free_port(),
-        grpc_port=free_port(),
+        port=0,
+        admin_port=0,
+        grpc_port=0,
         drain_timeout_s=5.0,
         log_level=LogLevel.WARNING,
     )
@@ -103,6 +103,12 @@ def cpu_s(pid: int) -> float:
 
 
 def engine_cores(pid: int) -> set[int]:
-    """Where the kernel lets a worker compute: the cores of those threads that are bound to fewer than its loop is."""
+    """Where the kernel lets a worker compute: the cores of those threads that are bound to others than its loop is."""
     affinities = [os.sched_getaffinity(int(task.name)) for task in Path(f"/proc/{pid}/task").iterdir()]
-    return set().union(*(cores for cores in affinities if cores < os.sched_getaffinity(pid)))
+    return set().union(*(cores for cores in affinities if cores != os.sched_getaffinity(pid)))
+
+
+def move(pid: int, cores: set[int]) -> None:
+    """Let a process, all of its threads, run on these cores only."""
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        os.sched_setaffinity(int(task.name), cores)

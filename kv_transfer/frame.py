@@ -163,14 +163,16 @@ class Draft:
     """
 
     def __init__(self, payload_bytes: int) -> None:
-        # Whatever a BytesIO was made from and nobody else refers to, it hands out again as it is.
+        # Whatever a BytesIO was made from, and nobody else looks at, it hands out again as it is.
         self._file = io.BytesIO(bytes(HEADER_BYTES + payload_bytes))
         self._frame = self._file.getbuffer()
         self.payload = self._frame[HEADER_BYTES:]
 
     def seal(self, header: FrameHeader) -> bytes:
-        """As `seal`. Once, and nobody writes to the payload after it."""
+        """As `seal`. Once; raises BufferError while somebody still has a view of the payload, and could write to it."""
         self._frame[:HEADER_BYTES] = _sealed_head(header, [self.payload])
+        self.payload.release()
+        self._frame.release()
         return self._file.getvalue()
 
 

@@ -16,7 +16,7 @@ from engine.commands import BlockTable
 from engine.kv.arena import Arena, Range
 from engine.kv.schema import Stream
 from kv_transfer import frame as frames
-from kv_transfer.codecs import RAW, Atom, check_codec_untrusted, encode_or_raw
+from kv_transfer.codecs import RAW, Atom, AtomShape, Payload, check_codec_untrusted, encode_or_raw
 from kv_transfer.frame import FrameHeader
 
 ATOM_TOKENS = 64
@@ -37,12 +37,15 @@ class EncodeJob:
     def run(self, memory: Arena) -> bytes:
         shape = frames.atom_shape(self.header, memory.schema.kv)
         draft = frames.Draft(shape.raw_bytes)
-        atom = Atom(shape, memory.read(self.table, shape.layers, shape.tokens, shape.heads, into=draft.payload))
-        codec, level, payload = encode_or_raw(self.header.codec, atom, self.header.level)
+        codec, level, payload = self._encode(memory, shape, draft.payload)
         header = replace(self.header, codec=codec, level=level, raw_bytes=shape.raw_bytes)
-        if codec == RAW:  # whose payload is the atom as it is: it lies where it was read to
-            return draft.seal(header)
-        return frames.seal(header, [payload])
+        return draft.seal(header) if payload is None else frames.seal(header, [payload])
+
+    def _encode(self, memory: Arena, shape: AtomShape, into: memoryview) -> tuple[str, int, Payload | None]:
+        """(codec, level, payload). None for `raw`, whose payload is the atom as it is: it lies where it was read to."""
+        atom = Atom(shape, memory.read(self.table, shape.layers, shape.tokens, shape.heads, into=into))
+        codec, level, payload = encode_or_raw(self.header.codec, atom, self.header.level)
+        return codec, level, None if codec == RAW else payload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,7 @@
 
     loop            links, keep-alives, WorkerCore; no Python section over ~0.2 ms
     engine thread   sole owner of the allocator and of torch; pinned to this worker's cores
-    codec threads   GIL-free calls only; float over all cores
+    codec threads   GIL-free calls only; like the loop, they float over all other cores
 
 The model is loaded and checked before the worker registers: who is registered can take commands.
 """
@@ -11,15 +11,16 @@ import asyncio
 import logging
 import os
 import secrets
-import socket
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from random import SystemRandom
 
+from control_plane.addresses import advertised_host
 from control_plane.agent.core import Config, Drain, Drained, WorkerCore
+from control_plane.agent.memory import free_bytes
 from control_plane.agent.trace import Trace, TracedMachine
+from control_plane.agent.tuning import exempt_from_collection, leave_to_engine, settle_interpreter
 from control_plane.lifecycle import Shutdown, configure_logging
 from control_plane.model_choice import ModelChoice, choose_model
 from control_plane.options import EngineOptions, ExecutorKind, WorkerOptions
@@ -40,7 +41,6 @@ log = logging.getLogger("triptych.worker")
 
 FAILPOINTS_VARIABLE = "TRIPTYCH_FAILPOINTS"  # tests arm them; nothing can over the network
 TRACE_VARIABLE = "TRIPTYCH_TRACE"  # a folder: benches read there what the workers did, and when
-SWITCH_INTERVAL_S = 0.0005  # Python's default of 5 ms is a stall per message beside a busy engine thread
 LOAD_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 10.0
 MEMORY_SHARE = 0.25  # of what is free when the worker starts, unless told
@@ -50,16 +50,15 @@ KV_BYTES_DEFAULT_MAX = 1 << 30  # a worker on a shared machine should not take i
 
 def main(options: WorkerOptions) -> int:
     configure_logging(options.name, options.log_level)
-    sys.setswitchinterval(float(os.environ.get("XSW", SWITCH_INTERVAL_S)))
-    if os.environ.get("XPIN") and options.cores:
-        os.sched_setaffinity(0, os.sched_getaffinity(0) - set(options.cores))
-    return asyncio.run(_serve(options))
+    settle_interpreter()
+    leave_to_engine(options.cores)
+    return asyncio.run(_serve(options, choose_model(options.engine)))
 
 
-async def _serve(options: WorkerOptions) -> int:
+async def _serve(options: WorkerOptions, model: ModelChoice) -> int:
     shutdown = Shutdown()
     shutdown.install()
-    worker = _Worker(options, choose_model(options.engine), shutdown)
+    worker = _Worker(options, model, shutdown)
     if await worker.start():
         await shutdown.wait()
     await worker.stop()
@@ -98,6 +97,7 @@ class _Worker:
             # The system gives pages on first touch, at a third of a memory's speed: not in the middle of a transfer.
             self._arena.zero(range(self._arena.columns))
             executor = _executor(self._options, self._model, self._arena)
+            exempt_from_collection()
             loop.call_soon_threadsafe(self._loaded.set)
             return executor
 
@@ -116,7 +116,7 @@ class _Worker:
 
     # -- start ---------------------------------------------------------------------------------------------------------
     async def start(self) -> bool:
-        """False when asked to end before the model was loaded."""
+        """False when asked to end before the model was loaded, or when that took too long."""
         started_s = time.monotonic()
         self._engine.start()
         if not await self._load():
@@ -150,6 +150,9 @@ class _Worker:
         loaded = asyncio.ensure_future(self._loaded.wait())
         try:
             await asyncio.wait((asked, loaded), timeout=LOAD_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+            if not (self._loaded.is_set() or asked.done()):
+                log.error("the model was not loaded after_s=%.0f", LOAD_TIMEOUT_S)
+                self._shutdown.crash(TimeoutError())
             return self._loaded.is_set() and not asked.done()
         finally:
             asked.cancel()
@@ -165,7 +168,7 @@ class _Worker:
         return Config(
             worker_id=secrets.token_hex(8),
             name=options.name,
-            address=f"{_advertised_host(options.listen)}:{self._transport.port}",
+            address=f"{advertised_host(options.listen, options.controller)}:{self._transport.port}",
             controller_address=options.controller,
             roles=options.roles,
             model=model.name,
@@ -237,17 +240,13 @@ def _executor(options: WorkerOptions, model: ModelChoice, arena: Arena) -> Execu
 
 
 def _columns(options: EngineOptions, model: ModelChoice) -> int:
-    """KV memory in columns: what was asked for, else a share of what is free; enough for one longest request."""
+    """KV memory in columns: what was asked for, else a share of what is free."""
     column_bytes = model.schema.token_bytes * options.block_size
     if options.kv_cache_mib is not None:
         return max(1, (options.kv_cache_mib << 20) // column_bytes)
+    budget_bytes = min(int(free_bytes() * MEMORY_SHARE), KV_BYTES_DEFAULT_MAX)
+    columns = max(1, budget_bytes // column_bytes)
     longest = -(-model.max_model_len // options.block_size) + 1
-    free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    budget_bytes = min(int(free_bytes * MEMORY_SHARE), KV_BYTES_DEFAULT_MAX)
-    return max(longest, min(budget_bytes // column_bytes, COLUMNS_DEFAULT_MAX))
-
-
-def _advertised_host(listen: str) -> str:
-    """What peers can dial: a wildcard address is this machine's own name to others."""
-    host = listen.rpartition(":")[0]
-    return socket.gethostbyname(socket.gethostname()) if host in ("0.0.0.0", "[::]") else host
+    if columns < longest:
+        log.warning("no room for a request of %d tokens kv_cache_mib=%d", model.max_model_len, budget_bytes >> 20)
+    return min(columns, max(longest, COLUMNS_DEFAULT_MAX))

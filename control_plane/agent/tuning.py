@@ -19,7 +19,7 @@ MMAP_BYTES = 32 << 20  # glibc takes no more
 
 def settle_interpreter() -> None:
     """Threads take turns often; buffers of a frame's size are recycled."""
-    sys.setswitchinterval(float(os.environ.get("XSW", SWITCH_INTERVAL_S)))
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     keep_freed_memory()
 
 

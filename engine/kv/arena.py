@@ -104,7 +104,7 @@ class Arena:
     # -- whole columns -------------------------------------------------------------------------------------------------
     def copy_column(self, source: int, target: int) -> None:
         """Second half of `ColumnAllocator.copy_on_write`."""
-        self._require_columns(np.array([source, target]))
+        self._require_columns((source, target))
         self.bytes_CLHPSX[target] = self.bytes_CLHPSX[source]
 
     def zero(self, columns: Sequence[int]) -> None:
@@ -134,8 +134,9 @@ class Arena:
         row_tokens = math.gcd(self.block_size, *tokens)
         rows_per_block = self.block_size // row_tokens
         first_block, end_block = tokens[0] // self.block_size, -(-tokens[1] // self.block_size)
-        columns_B = np.array(table[first_block:end_block], np.intp)
-        self._require_columns(columns_B)
+        columns = table[first_block:end_block]
+        self._require_columns(columns)
+        columns_B = np.array(columns, np.intp)
         row_R = np.arange(tokens[0] // row_tokens, tokens[1] // row_tokens) - first_block * rows_per_block
         start_R = columns_B[row_R // rows_per_block] * self._stretch_LHP.size * rows_per_block + row_R % rows_per_block
         start_LHP = self._stretch_LHP[slice(*layers), slice(*heads)] * rows_per_block
@@ -143,14 +144,13 @@ class Arena:
         return self.bytes_CLHPSX.reshape(-1, row_tokens * self._head_bytes), index_LHPR
 
     def _fill(self, columns: Sequence[int], value: int) -> None:
-        columns_B = np.array(columns, np.intp)
-        self._require_columns(columns_B)
-        self.bytes_CLHPSX[columns_B] = value
+        self._require_columns(columns)
+        self.bytes_CLHPSX[np.array(columns, np.intp)] = value
 
-    def _require_columns(self, columns_B: npt.NDArray[np.intp]) -> None:
+    def _require_columns(self, columns: Sequence[int]) -> None:
         """Refuse foreign ids before numpy wraps the negative ones around."""
-        if columns_B.size and (columns_B.min() < 0 or columns_B.max() >= self.columns):
-            raise ValueError(f"column ids must be in [0, {self.columns}), got {columns_B.min()}..{columns_B.max()}")
+        if columns and (min(columns) < 0 or max(columns) >= self.columns):
+            raise ValueError(f"column ids must be in [0, {self.columns}), got {min(columns)}..{max(columns)}")
 
 
 def _require_range(name: str, wanted: Range, size: int) -> None:
