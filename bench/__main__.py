@@ -1,4 +1,5 @@
-"""`make bench`: every figure that a bar is held to, one after the other, as a table. Rewrites bench/figures/*.json.
+"""`make bench`: every figure that a bar is held to, one after the other, as a table. Rewrites bench/figures/*.json
+and the README's table.
 
 python -m bench                 all
 python -m bench overlap ...     some
@@ -14,6 +15,7 @@ from rich.table import Table
 
 from bench import overlap, quiet_engine, router_cost, stream_cost
 from bench.figures import Figure, save
+from bench.readme import README, refreshed
 
 BENCHES: dict[str, Callable[[], Coroutine[Any, Any, list[Figure]]]] = {
     "overlap": overlap.measure,
@@ -37,6 +39,7 @@ def main(names: Sequence[str]) -> int:
         for figure in figures:
             table.add_row(*_row(figure))
     console.print(table)
+    README.write_text(refreshed(README.read_text()))
     return 0
 
 

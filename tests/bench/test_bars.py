@@ -1,4 +1,8 @@
-"""The measured bars as gates. Each is a count, CPU time per unit of work, or a ratio interleaved in one run."""
+"""The measured bars as gates. Each is a count, CPU time per unit of work, or a ratio interleaved in one run.
+
+A gate fails when the measurement contradicts the bar: when not even the favourable end of its interval holds. Whether
+the median holds is printed, and stands in bench/figures.
+"""
 
 import pytest
 
@@ -18,7 +22,9 @@ def check(figures: list[Figure]) -> None:
 
 def _holds(figure: Figure) -> bool:
     reached = REACHED.get(figure.bar.name)
-    return figure.passed if reached is None else figure.value >= reached
+    if reached is not None:
+        return figure.value >= reached
+    return any(figure.bar.holds(end) for end in figure.interval)
 
 
 @pytest.mark.slow
