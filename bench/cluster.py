@@ -102,10 +102,20 @@ def cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / TICKS_PER_S
 
 
+def engine_threads(pid: int) -> list[int]:
+    """A worker's threads that compute: those that the kernel may only put where it may not put the worker's loop."""
+    threads = [int(task.name) for task in Path(f"/proc/{pid}/task").iterdir()]
+    return [thread for thread in threads if not os.sched_getaffinity(thread) & os.sched_getaffinity(pid)]
+
+
 def engine_cores(pid: int) -> set[int]:
-    """Where the kernel lets a worker compute: the cores of those threads that are bound to others than its loop is."""
-    affinities = [os.sched_getaffinity(int(task.name)) for task in Path(f"/proc/{pid}/task").iterdir()]
-    return set().union(*(cores for cores in affinities if cores != os.sched_getaffinity(pid)))
+    return set().union(*map(os.sched_getaffinity, engine_threads(pid)))
+
+
+def engine_waited_us(pid: int) -> int:
+    """How long a worker's engine has been able to run, and its core was somebody else's."""
+    stats = [Path(f"/proc/{pid}/task/{thread}/schedstat").read_text() for thread in engine_threads(pid)]
+    return sum(int(stat.split()[1]) for stat in stats) // 1_000
 
 
 def move(pid: int, cores: set[int]) -> None:

@@ -5,6 +5,11 @@
 
 One engine computes (the prefill worker is idle); the sender and the worker's event loop, codec thread and gRPC threads
 share the other core. Steps are timed where they end, on the engine's thread, by its trace.
+
+A step's time is what the engine computes and what it waits for in its process: the interpreter's lock, above all. It is
+not what it waits for its core: none of the worker's other threads may run there, so that is other programs, which have
+nowhere else to go while frames keep the other core busy. `wall` in the notes has it all. And what frames cost an engine
+grows with their number, so a pair in which they came slower than they should counts as if they had not.
 """
 
 import asyncio
@@ -19,7 +24,18 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.cluster import addresses, cluster, engine_cores, generate, move, now_us, read_trace, stub, trace_folder
+from bench.cluster import (
+    addresses,
+    cluster,
+    engine_cores,
+    engine_waited_us,
+    generate,
+    move,
+    now_us,
+    read_trace,
+    stub,
+    trace_folder,
+)
 from bench.figures import Bar, Figure, figure_of, save
 from bench.flood import BYTES_PER_S
 from bench.overlap import ENGINE, VOCABULARY
@@ -31,7 +47,7 @@ PAIRS = 16
 WINDOW_S = 1.0
 START_TIMEOUT_S = 60.0
 SETTLE_US = 50_000  # at the start of a window, while the last one fades
-RATE_FLOOR = 0.7  # of the rate that is aimed at: on two cores the sender shares one with all of the receiver's I/O
+RATE_FLOOR = 0.7  # of the rate that is claimed: on two cores the sender shares one with all of the receiver's I/O
 
 QUIET_ENGINE = Bar(
     name="quiet engine",
@@ -47,12 +63,18 @@ class Window:
 
     start_us: int
     end_us: int
-    bytes_per_s: float = 0.0
+    waited_us: int  # the engine, for its core
+    bytes_per_s: float
 
     def steps_us(self, ends_us: Sequence[int]) -> list[int]:
         """Durations of the steps that lie inside."""
         inside = [at_us for at_us in ends_us if self.start_us + SETTLE_US <= at_us <= self.end_us]
         return [end - start for start, end in pairwise(inside)]
+
+    @property
+    def core_share(self) -> float:
+        """How much of the time the engine's core was the engine's."""
+        return 1 - self.waited_us / (self.end_us - self.start_us)
 
 
 class Flood:
@@ -107,11 +129,11 @@ async def flood(address: str) -> AsyncIterator[Flood]:
 async def measure(pairs: int = PAIRS) -> list[Figure]:
     with trace_folder() as folder:
         async with cluster(ENGINE, trace=Path(folder)) as running:
-            prefill_cores = engine_cores(running.child("prefill-0").pid)
+            prefill_cores, decode = engine_cores(running.child("prefill-0").pid), running.child("decode-0").pid
             async with stub(running) as inference, flood((await addresses(running))["decode-0"]) as sender:
                 move(sender.pid, prefill_cores)  # its engine is idle; the sender is no part of what is measured
                 streams = await _start_streams(inference)
-                windows = [await _window(sender, on=bool(index % 2)) for index in range(2 * pairs)]
+                windows = [await _window(sender, decode, on=bool(index % 2)) for index in range(2 * pairs)]
                 for stream in streams:
                     stream.cancel()
                 await asyncio.gather(*streams, return_exceptions=True)
@@ -134,30 +156,38 @@ async def _start_streams(inference: Any) -> list[asyncio.Task[Any]]:
     return streams
 
 
-async def _window(sender: Flood, *, on: bool) -> Window:
-    start_us = now_us()
+async def _window(sender: Flood, decode: int, *, on: bool) -> Window:
+    start_us, waited_us = now_us(), engine_waited_us(decode)
     if on:
         await sender.on()
     await asyncio.sleep(WINDOW_S)
-    end_us = now_us()
-    return Window(start_us, end_us, await sender.off() if on else 0.0)
+    end_us, waited_us = now_us(), engine_waited_us(decode) - waited_us
+    return Window(start_us, end_us, waited_us, await sender.off() if on else 0.0)
 
 
 def _figure(windows: Sequence[Window], events: Sequence[dict[str, Any]]) -> Figure:
     full = [event["us"] for event in events if event["event"] == "tokens" and len(event["seqs"]) == STREAMS]
-    steps_us = [window.steps_us(full) for window in windows]
-    medians_us = [median(steps) for steps in steps_us]
+    wall_us = [median(window.steps_us(full)) for window in windows]
+    own_us = [step_us * window.core_share for step_us, window in zip(wall_us, windows, strict=True)]
     rates = [window.bytes_per_s for window in windows[1::2]]
     if median(rates) < RATE_FLOOR * BYTES_PER_S:
         raise RuntimeError(f"frames arrived at {median(rates) / 1e6:.0f} MB/s only")
+    at_full_rate = [1 + (ratio - 1) * BYTES_PER_S / rate for ratio, rate in zip(_ratios(own_us), rates, strict=True)]
     return figure_of(
         QUIET_ENGINE,
-        [on / off for off, on in zip(medians_us[::2], medians_us[1::2], strict=True)],
+        at_full_rate,
         megabytes_per_s=round(median(rates) / 1e6),
-        quiet_step_ms=round(median(medians_us[::2]) / 1e3, 1),
-        flooded_step_ms=round(median(medians_us[1::2]) / 1e3, 1),
-        steps=sum(map(len, steps_us)),
+        as_measured=round(median(_ratios(own_us)), 2),
+        wall=round(median(_ratios(wall_us)), 2),
+        quiet_step_ms=round(median(own_us[::2]) / 1e3, 1),
+        flooded_step_ms=round(median(own_us[1::2]) / 1e3, 1),
+        steps=sum(len(window.steps_us(full)) for window in windows),
     )
+
+
+def _ratios(step_us: Sequence[float]) -> list[float]:
+    """Of each pair, on / off."""
+    return [on / off for off, on in zip(step_us[::2], step_us[1::2], strict=True)]
 
 
 if __name__ == "__main__":

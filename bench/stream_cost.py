@@ -26,6 +26,7 @@ import grpc
 
 from bench.figures import Bar, Figure, figure_of, save
 from control_plane.agent.tuning import settle_interpreter
+from engine.base import limits
 from engine.base.asyncio_host import AsyncioHost, JobPool
 from engine.base.machine import Command, Dial, JobDone, LinkUp, Received, Started, Tick
 from engine.executors.paced import smollm2_schema
@@ -47,7 +48,7 @@ BARE_METHOD = "/bench.Bare/Copy"
 PEER = "bulk/peer"
 
 SCHEMA = smollm2_schema()
-COLUMNS = CONTEXT_TOKENS // Arena.__init__.__kwdefaults__["block_size"]
+COLUMNS = CONTEXT_TOKENS // limits.BLOCK_SIZE_TOKENS
 
 STREAM = Bar(
     name="raw KV stream",
@@ -140,7 +141,7 @@ async def receive() -> None:
     await transport.start()
     host.start()
     server = _aio.server(options=_UNLIMITED)
-    methods = {"Copy": grpc.stream_unary_rpc_method_handler(_drop_all)}
+    methods: dict[str, Any] = {"Copy": grpc.stream_unary_rpc_method_handler(_drop_all)}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bench.Bare", methods),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

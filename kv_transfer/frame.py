@@ -169,7 +169,7 @@ class Draft:
         self.payload = self._frame[HEADER_BYTES:]
 
     def seal(self, header: FrameHeader) -> bytes:
-        """As `seal`. Once; raises BufferError while somebody still has a view of the payload, and could write to it."""
+        """As `seal`, once. If somebody still has a view of the payload, and could write to it, this is a copy."""
         self._frame[:HEADER_BYTES] = _sealed_head(header, [self.payload])
         self.payload.release()
         self._frame.release()

@@ -10,7 +10,7 @@ from bench import overlap, quiet_engine, router_cost, stream_cost
 from bench.figures import Figure
 
 # What was not reached, and what must not get worse (the bar, the figure and why: ARCHITECTURE.md, "Measured").
-REACHED = {"raw KV stream": 0.28}
+REACHED = {"raw KV stream": 0.28, "quiet engine": 2.5}
 
 
 def check(figures: list[Figure]) -> None:
@@ -23,7 +23,7 @@ def check(figures: list[Figure]) -> None:
 def _holds(figure: Figure) -> bool:
     reached = REACHED.get(figure.bar.name)
     if reached is not None:
-        return figure.value >= reached
+        return figure.value >= reached if figure.bar.at_least else figure.value <= reached
     return any(figure.bar.holds(end) for end in figure.interval)
 
 

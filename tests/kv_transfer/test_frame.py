@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -239,3 +240,22 @@ def test_an_atom_of_the_stream_is_taken() -> None:
 def test_an_atom_outside_the_stream_or_of_another_size_is_refused(reason: str, change: dict[str, object]) -> None:
     with pytest.raises(FrameError, match=reason):
         frames.check_atom_untrusted(replace(ATOM, **change), STREAM)
+
+
+# -- drafts ------------------------------------------------------------------------------------------------------------
+def test_a_draft_is_sealed_to_the_same_bytes_in_the_memory_it_was_written_to() -> None:
+    draft = frames.Draft(ATOM.raw_bytes)
+    draft.payload[:] = bytes(range(256)) * (ATOM.raw_bytes // 256) + bytes(ATOM.raw_bytes % 256)
+    address = np.frombuffer(draft.payload, np.uint8).ctypes.data
+    expected = frames.seal(ATOM, [bytes(draft.payload)])
+    sealed = draft.seal(ATOM)
+    assert sealed == expected
+    assert np.frombuffer(sealed, np.uint8).ctypes.data + frames.HEADER_BYTES == address
+
+
+def test_whoever_kept_a_view_of_a_draft_cannot_change_the_sealed_frame() -> None:
+    draft = frames.Draft(ATOM.raw_bytes)
+    view = np.frombuffer(draft.payload, np.uint8)
+    sealed = draft.seal(ATOM)
+    view[:] = 1
+    assert sealed == frames.seal(ATOM, [bytes(ATOM.raw_bytes)])
