@@ -15,7 +15,7 @@ MESSAGE_BYTES_MAX: Final = 4 << 20  # one control message; a 32k-token prompt is
 LINK_QUEUE_MESSAGES_MAX: Final = 4_096  # unsent messages before a slow reader counts as a lost link
 
 # -- KV transfer ---------------------------------------------------------------------------------------------------
-FRAME_PAYLOAD_BYTES_MAX: Final = 1 << 20  # one frame; keeps a decode job under a millisecond of memory traffic
+FRAME_PAYLOAD_BYTES_MAX: Final = 2 << 20  # one frame: a layer group of a 512-token chunk in bf16; half a gRPC message
 FRAME_WINDOW: Final = 8  # frames in flight per transfer; bounds both ends' memory
 FRAME_RESENDS_MAX: Final = 3  # a range refused this often means the path corrupts; give the transfer up
 FRAME_RESEND_AFTER_MS: Final = 1_000  # no answer for a frame on a live link
