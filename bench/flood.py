@@ -17,10 +17,12 @@ from bench.overlap import ENGINE
 from control_plane.model_choice import choose_model
 from control_plane.wire import session_pb2 as pb
 from control_plane.wire.session import Session, hello
+from control_plane.wire.translate import sampling_to_wire
 from engine.base import limits
 from engine.base.keepalive import KEEPALIVE
 from engine.base.link import Link
 from engine.kv.schema import CacheSchema
+from engine.types import SamplingParams
 from kv_transfer import frame as frames
 from kv_transfer.frame import FrameHeader, FrameKind
 from kv_transfer.jobs import atoms
@@ -83,7 +85,7 @@ class Reservations(Peer):
             schema_digest=self._schema.digest,
             token_ids=[1] * CONTEXT_TOKENS,
             prompt_tokens=CONTEXT_TOKENS,
-            sampling=pb.Sampling(top_p=1, max_tokens=2),
+            sampling=sampling_to_wire(SamplingParams(max_tokens=2)),
             deadline_ms=limits.REQUEST_DEADLINE_MS_MAX,
         )
         self.send(self._session.seal(pb.RouterToWorker(reserve=reserve)))

@@ -2,7 +2,7 @@
 
 "oracle"            no weights: oracle_schema, or SmolLM2's KV shape for paced workers
 "smollm2"           the default checkpoint, converted at install
-anything else       a checkpoint directory in Hugging Face's layout
+anything else       a checkpoint directory, a .gguf file, or an org/name of the hub (`engine.models.resolve`)
 """
 
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from engine.executors.paced import smollm2_schema
 from engine.kv.schema import CacheSchema
 from engine.models.checkpoint import Progress, ensure_default_model
 from engine.models.info import describe, schema_for
+from engine.models.resolve import is_hub_id, resolve_model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,19 +32,18 @@ class ModelChoice:
 
 
 def choose_model(options: EngineOptions, progress: Progress = lambda _: None) -> ModelChoice:
-    """Reads files, and may convert the default model: not for an event loop. Raises `OptionError` on a wrong folder."""
+    """Reads files, and may convert or download: not for an event loop. Raises `OptionError` on what is no model."""
     if options.model == MODEL_ORACLE:
         return _oracle(options)
     try:
-        path = ensure_default_model(progress=progress) if options.model == MODEL_DEFAULT else Path(options.model)
-        if not path.is_dir():
-            raise OptionError("model", f"'{options.model}' is neither a directory nor a known name")
+        is_default = options.model == MODEL_DEFAULT
+        path = ensure_default_model(progress=progress) if is_default else resolve_model(options.model, progress)
         info = describe(path)
     except InvalidArgument as error:
         raise OptionError("model", error.message.removeprefix("model: ")) from error
     dtype = info.dtype if options.dtype is Dtype.AUTO else options.dtype.value
     return ModelChoice(
-        name=info.name,
+        name=options.model if is_hub_id(options.model) else info.name,  # the cache's folder is named by a revision
         path=path,
         dtype=dtype,
         schema=schema_for(info, dtype),

@@ -7,9 +7,13 @@ words meant for the person who typed it (`OptionError`), before any process star
 import math
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from engine.base import limits
+from engine.base.registry import Registry
+from engine.batching import batchings
 from engine.types import Role
+from kv_transfer.codecs import codecs
 
 MODEL_DEFAULT = "smollm2"  # the test model that `make install` converts; anything else is a checkpoint directory
 MODEL_ORACLE = "oracle"  # no weights at all: the next token is a digest of every KV byte read
@@ -34,6 +38,13 @@ class Dtype(StrEnum):
     AUTO = "auto"
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
+
+
+class Device(StrEnum):
+    """Where the model runs and its KV lives."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
 
 
 class ExecutorKind(StrEnum):
@@ -66,6 +77,10 @@ class EngineOptions:
     codec: str = "raw"
     layers_per_group: int = limits.LAYERS_PER_GROUP
     step_tokens: int = limits.STEP_TOKENS_MAX
+    device: Device = Device.CPU
+    batching: str = "sarathi"  # engine.batching
+    tbt_slo_ms: float | None = None  # time between two tokens: bounds the steps that hold decodes; None: step_tokens
+    prefix_cache: bool = True
 
     def __post_init__(self) -> None:
         require_at_least("block-size", self.block_size, 1)
@@ -75,6 +90,12 @@ class EngineOptions:
             require_at_least("max-model-len", self.max_model_len, 2)  # a prompt token and an answer token
         if self.kv_cache_mib is not None:
             require_at_least("kv-cache-mib", self.kv_cache_mib, 1)
+        _require_plugin("batching", batchings, self.batching)
+        _require_plugin("codec", codecs, self.codec)
+        if self.tbt_slo_ms is not None and not (math.isfinite(self.tbt_slo_ms) and self.tbt_slo_ms > 0):
+            raise OptionError("tbt-slo-ms", f"must be a number of milliseconds above 0, not {self.tbt_slo_ms}")
+        if self.device is not Device.CPU and self.executor is not ExecutorKind.TORCH:
+            raise OptionError("device", f"executor '{self.executor.value}' runs on the cpu only")
         if self.model == MODEL_ORACLE and self.executor is ExecutorKind.TORCH:
             raise OptionError("executor", "model 'oracle' has no weights: use --executor oracle or paced")
 
@@ -139,6 +160,11 @@ class ControllerOptions:
 def require_at_least(option: str, value: int, low: int) -> None:
     if value < low:
         raise OptionError(option, f"must be at least {low}, not {value}")
+
+
+def _require_plugin(option: str, registry: Registry[Any], name: str) -> None:
+    if name not in registry:
+        raise OptionError(option, f"must be one of {', '.join(registry.names())}, not '{name}'")
 
 
 def require_drain(seconds: float) -> None:

@@ -240,8 +240,12 @@ def engine_arguments(engine: EngineOptions) -> list[str]:
         "--codec": engine.codec,
         "--layers-per-group": engine.layers_per_group,
         "--step-tokens": engine.step_tokens,
+        "--device": engine.device.value,
+        "--batching": engine.batching,
+        "--tbt-slo-ms": engine.tbt_slo_ms,
     }
-    return [text for flag, value in values.items() if value is not None for text in (flag, str(value))]
+    arguments = [text for flag, value in values.items() if value is not None for text in (flag, str(value))]
+    return arguments if engine.prefix_cache else [*arguments, "--no-prefix-cache"]
 
 
 def serve(options: ServeOptions) -> int:

@@ -10,13 +10,27 @@ A sequence's life, and who may free its units:
         | otherwise: held for its Source, until Release
     Reserve -> Reserved (memory lent to a writer) -> Activate -> running -> TokensSampled* -> Finished
     Pause: running -> Paused, held for its Source, until Release
+    A running sequence that no column is left for: Paused (preempted), or waiting again where prompts are computed too
+    A group (n > 1): prefilled or received once, then forked into one running sequence per choice
+    A running sequence that no column is left for: Paused (preempted), or waiting again where prompts are computed too
+    A group (n > 1): prefilled or received once, then forked into one running sequence per choice
+    A running sequence that no column is left for: Paused (preempted), or waiting again where prompts are computed too
+    A group (n > 1): prefilled or received once, then forked into one running sequence per choice
+    A running sequence that no column is left for: Paused (preempted), or waiting again where prompts are computed too
+    A group (n > 1): prefilled or received once, then forked into one running sequence per choice
+    A running sequence that no column is left for: Paused (preempted), or waiting again where prompts are computed too
+    A group (n > 1): prefilled or received once, then forked into one running sequence per choice
+    A running sequence that no column is left for: Paused (preempted), or waiting again where prompts are computed too
+    A group (n > 1): prefilled or received once, then forked into one running sequence per choice
     Release: ends any of them, at any time, any number of times. Only the caller knows whether a codec thread still
     reads or writes the units, so only the caller may send it (DESIGN 2.2: a block has two lifetimes).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Final, NamedTuple
 
-from engine.types import FinishReason, SamplingParams
+from engine.types import FinishReason, SamplingParams, TokenLogprobs
 
 BlockTable = tuple[int, ...]
 """Column ids of a sequence, in token order: token t lives in column `table[t // block_size]`."""
@@ -25,10 +39,11 @@ BlockTable = tuple[int, ...]
 # -- commands ----------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AddPrefill:
-    """Compute the KV of `token_ids` and sample one token.
+    """Compute the KV of `token_ids` and sample one token for each of `choices`.
 
     `token_ids` is prompt + tokens already emitted by earlier attempts; `prompt_tokens` says where output starts (the
     sampler's position is counted from there). With `decode_here` the sequence then joins this engine's decode batch.
+    Several choices share one prefill: the sequence is then a *group*, which never decodes itself (see `DecodeHere`).
     """
 
     seq_id: int
@@ -37,13 +52,21 @@ class AddPrefill:
     sampling: SamplingParams
     decode_here: bool = False
     tenant: str = ""
+    choices: tuple[int, ...] = (0,)  # indices of the request's choices; all but their randomness is shared
+    priority: int = 0  # lower runs earlier, and is preempted later
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeHere:
-    """A waiting or prefilled sequence shall continue in this engine's decode batch (its target is this worker)."""
+    """A waiting or prefilled sequence shall continue in this engine's decode batch (its target is this worker).
+
+    A group names one child per choice, in order. Once its first tokens are sampled the engine forks it: each child
+    whose choice goes on starts to run with a table of its own that shares the group's full blocks. The group itself
+    is then over and awaits `Release`, like the children that never started.
+    """
 
     seq_id: int
+    children: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,22 +78,44 @@ class MarkBound:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reserve:
-    """Grant columns for `context_tokens` plus growth, whole and at once, or refuse. Never waits."""
+    """Grant columns for the context plus growth, whole and at once, or refuse. Never waits.
+
+    Leading blocks that this engine has cached are shared instead of granted (`Reserved.cached_tokens`); `identity`
+    says which cached KV will do: "" is exact KV only, anything else also KV that came through that codec and level.
+    `children` are the sequences of a group's choices: each is granted what it will not share.
+    """
 
     seq_id: int
-    context_tokens: int
+    token_ids: tuple[int, ...]
     growth_tokens: int
+    tenant: str = ""
+    identity: str = ""
+    children: tuple[int, ...] = ()
+    priority: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Branch:
+    """One choice that goes on after a group's KV has arrived: `seq_id` is a child named in `Reserve`."""
+
+    seq_id: int
+    choice: int
+    token_id: int  # sampled by the source; its KV is not computed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Activate:
-    """The KV of `token_ids[:-1]` is in the reserved columns; decode from `token_ids[-1]` on."""
+    """The KV of `token_ids` is in the reserved columns; decode every branch from its pending token on.
+
+    A sequence of one choice is its own branch (`branches[0].seq_id == seq_id`). A group is over with this command:
+    its children share its full blocks, and it awaits `Release`.
+    """
 
     seq_id: int
     token_ids: tuple[int, ...]
     prompt_tokens: int
     sampling: SamplingParams
-    tenant: str = ""
+    branches: tuple[Branch, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,22 +128,31 @@ class Pause:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Release:
-    """The sequence's end: its units are free when this returns. Idempotent; unknown ids are ignored."""
+    """The sequence's end: its units are free (or cached) when this returns. Idempotent; unknown ids are ignored."""
 
     seq_id: int
 
 
-EngineCommand = AddPrefill | DecodeHere | MarkBound | Reserve | Activate | Pause | Release
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResetCache:
+    """Forget every cached block that no sequence holds, and the names of those that one does."""
+
+
+EngineCommand = AddPrefill | DecodeHere | MarkBound | Reserve | Activate | Pause | Release | ResetCache
 
 
 # -- events ------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Admitted:
-    """A prefill has all its own units and will run in one of the next steps (NEAR_TURN on the wire)."""
+    """A prefill has all its own units and will run in one of the next steps (NEAR_TURN on the wire).
+
+    KV of tokens [0, cached_tokens) is in them already, final in every layer: it was in the prefix cache.
+    """
 
     seq_id: int
     block_table: BlockTable
     context_tokens: int
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,28 +167,46 @@ class KVComputed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prefilled:
-    """The whole prompt is computed and `token_id` sampled. With a `finish` nothing needs to move anywhere."""
+class PromptScored:
+    """Log-probabilities of the prompt's tokens [start, start + len(logprobs)), each given all tokens before it."""
 
     seq_id: int
-    token_id: int
-    finish: FinishReason | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reserved:
-    """Answer to `Reserve`. `block_table` is None when the engine is full."""
-
-    seq_id: int
-    block_table: BlockTable | None
+    start: int
+    logprobs: tuple[TokenLogprobs, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
+    """One output token. `seq_id` is the sequence that sampled it: for the first tokens of a group, the group."""
+
     seq_id: int
     position: int  # 0 for the first output token after the original prompt
     token_id: int
     finish: FinishReason | None
+    choice: int = 0
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prefilled:
+    """The whole prompt is computed and one token per choice sampled. A choice with a `finish` needs nothing more; if
+    all have one, nothing needs to move anywhere."""
+
+    seq_id: int
+    tokens: tuple[SampledToken, ...]  # in order of `AddPrefill.choices`
+
+    @property
+    def finished(self) -> bool:
+        return all(token.finish is not None for token in self.tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reserved:
+    """Answer to `Reserve`. `block_table` is None when the engine is full. KV of tokens [0, cached_tokens) is there."""
+
+    seq_id: int
+    block_table: BlockTable | None
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +220,7 @@ class TokensSampled:
 class Paused:
     """Decoding stopped; KV of `token_ids[:-1]` is in `block_table`, held until `Release`.
 
-    `preempted` says the engine itself stopped it, because it ran out of columns.
+    `preempted` says the engine itself stopped it, because it ran out of columns and may not recompute.
     """
 
     seq_id: int
@@ -173,16 +245,26 @@ class EngineLoad:
     prefilling: int = 0
     running: int = 0
     waiting_tokens: int = 0
-    free_columns: int = 0
+    free_columns: int = 0  # that a sequence could be granted now: nobody's, and cached ones that nobody holds
     total_columns: int = 0
     lent_columns: int = 0
+    cached_columns: int = 0  # of the free ones, those that hold reusable KV
     held_sequences: int = 0
     steps: int = 0
     step_ms: float = 0.0
+    prefix_hit_tokens: int = 0  # since the start: context tokens found in the cache
+    prefix_query_tokens: int = 0  # since the start: context tokens looked up
+    preemptions: int = 0  # since the start
     idle: bool = True
 
 
-EngineEvent = Admitted | KVComputed | Prefilled | Reserved | TokensSampled | Paused | StepFailed | EngineLoad
+EngineEvent = (
+    Admitted | KVComputed | PromptScored | Prefilled | Reserved | TokensSampled | Paused | StepFailed | EngineLoad
+)
+
+
+REQUESTS_OWN_FAULTS: Final = frozenset({"constraint", "nothing_allowed"})
+"""Reasons of `StepFailed` that lie in the request itself: no other worker would do better."""
 
 
 # -- steps -------------------------------------------------------------------------------------------------------------
@@ -193,7 +275,9 @@ class SequenceSlice:
         positions   0 ............ start ............ start + len(token_ids)
         KV          | in the arena | computed now    |
 
-    `sample_position` is None for a chunk that is not the prompt's last, else the output position to sample.
+    `sample_position` is None for a chunk that is not the context's last, else the output position to sample, once for
+    each of `choices`. `context` is every token so far, prompt first: a view of the scheduler's own list, which does
+    not change while the step runs.
     """
 
     seq_id: int
@@ -204,6 +288,9 @@ class SequenceSlice:
     sample_position: int | None
     is_prefill: bool
     tenant: str = ""
+    choices: tuple[int, ...] = (0,)
+    context: Sequence[int] = ()
+    prompt_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,10 +305,19 @@ class StepPlan:
         return sum(len(piece.token_ids) for piece in self.slices)
 
 
+class Sampled(NamedTuple):
+    """What an executor picked for one choice of one slice."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """What a step produced: a token for each slice that asked for one, or a reason why a slice failed."""
+    """What a step produced: tokens for each slice that asked for some, or a reason why a slice failed."""
 
     step_id: int
-    tokens: dict[int, int] = field(default_factory=dict)  # seq_id -> token id
+    tokens: dict[int, tuple[Sampled, ...]] = field(default_factory=dict)  # seq_id -> one per choice of its slice
     failed: dict[int, str] = field(default_factory=dict)  # seq_id -> reason, from a fixed set
+    # seq_id -> of the prompt tokens that follow each fed token: positions [start + 1, start + 1 + len)
+    prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)

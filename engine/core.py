@@ -10,6 +10,7 @@ Commands never arrive inside a step: the executor is reading and writing the col
 It does not compute (executors), decide what to run (scheduler) or know who asked (the roles).
 """
 
+from engine.batching import Batching
 from engine.commands import (
     Activate,
     AddPrefill,
@@ -22,6 +23,7 @@ from engine.commands import (
     Pause,
     Release,
     Reserve,
+    ResetCache,
     SequenceSlice,
     StepOutput,
     StepPlan,
@@ -30,16 +32,20 @@ from engine.kv.allocator import ColumnAllocator
 from engine.kv.arena import Arena
 from engine.kv.schema import CacheSchema
 from engine.scheduler import Scheduler
+from engine.sequence_memory import Copy
 
 
 class EngineCore:
     """Sole owner of one arena's columns. Every method is called by one thread (or at one virtual instant)."""
 
-    def __init__(self, config: Scheduler.Config, schema: CacheSchema, arena: Arena) -> None:
+    def __init__(
+        self, config: Scheduler.Config, schema: CacheSchema, arena: Arena, batching: Batching | None = None
+    ) -> None:
         if config.block_size != arena.block_size:
             raise ValueError(f"block_size: the scheduler's is {config.block_size}, the arena's {arena.block_size}")
         self._allocator = ColumnAllocator(arena.columns, layers=schema.kv.layers, heads=schema.kv.heads)
-        self._scheduler = Scheduler(config, self._allocator)
+        self._scheduler = Scheduler(config, self._allocator, batching, model=schema.digest)
+        self._arena = arena
         self._layers = schema.kv.layers
         self._plan: StepPlan | None = None
         # Layers announced of the slice under way: seq_id -> layer. They outlive a step that raises: its retry computes
@@ -54,8 +60,8 @@ class EngineCore:
         match command:
             case AddPrefill():
                 self._scheduler.add_prefill(command)
-            case DecodeHere(seq_id=seq_id):
-                self._scheduler.decode_here(seq_id)
+            case DecodeHere():
+                self._scheduler.decode_here(command)
             case MarkBound(seq_id=seq_id):
                 self._scheduler.mark_bound(seq_id)
             case Reserve():
@@ -67,6 +73,9 @@ class EngineCore:
             case Release(seq_id=seq_id):
                 self._announced.pop(seq_id, None)
                 self._scheduler.release(seq_id)
+            case ResetCache():
+                self._scheduler.reset_cache()
+        self._copy_columns(self._scheduler.take_copies())
         return self._scheduler.take_events()
 
     def load(self) -> EngineLoad:
@@ -97,7 +106,9 @@ class EngineCore:
         for piece in self._require_plan().slices:
             self._announced.pop(piece.seq_id, None)
         self._plan = None
-        return self._scheduler.apply(output, now_us)
+        events = self._scheduler.apply(output, now_us)
+        self._copy_columns(self._scheduler.take_copies())
+        return events
 
     def fail_step(self, now_us: int) -> list[EngineEvent]:
         """The executor raised instead of returning an output. The engine lives (I11)."""
@@ -107,10 +118,16 @@ class EngineCore:
 
     # -- self-check ----------------------------------------------------------------------------------------------------
     def check_integrity(self) -> None:
-        """Raise if the books disagree (I3). Without sequences every column must be free."""
+        """Raise if the books disagree (I3). Without sequences every column must be free or cached."""
         self._scheduler.check_integrity()
-        if not self._scheduler.seq_ids and self._allocator.free_columns != self._allocator.total_columns:
-            raise RuntimeError(f"idle, and {self._allocator.free_columns} of {self._allocator.total_columns} are free")
+        available, total = self._allocator.available_columns, self._allocator.total_columns
+        if not self._scheduler.seq_ids and available != total:
+            raise RuntimeError(f"idle, and {available} of {total} columns are free or cached")
+
+    def _copy_columns(self, copies: list[Copy]) -> None:
+        """Before any other command or step: the source may be released by the next, and the target is read by it."""
+        for source, target in copies:
+            self._arena.copy_column(source, target)
 
     def _computed(self, piece: SequenceSlice, layer_start: int, layer_end: int) -> list[KVComputed]:
         """One event, or none if a step that raised has announced these layers already."""
@@ -135,7 +152,7 @@ class EngineCore:
 
 
 def assert_quiet(core: EngineCore) -> None:
-    """What every test with an engine ends with: nobody has anything, and every column is free (I3, I7)."""
+    """What every test with an engine ends with: nobody has anything, and every column is free or cached (I3, I7)."""
     core.check_integrity()
     load = core.load()
     assert load.idle, f"sequences were left behind: {load}"

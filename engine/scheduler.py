@@ -1,33 +1,43 @@
 """Scheduler: which tokens of which sequences the next step computes, and what the step's output means.
 
-Pure: no clock, no tensor, no KV byte. It asks the allocator for columns and never touches what is in them.
+Pure: no clock, no tensor, no KV byte. It asks for columns (`sequence_memory`) and never touches what is in them.
 
-    plan    running decodes (one token each), then prefill chunks, first come first served, within the token budget
-    apply   one token for each slice that asked for one: Prefilled, TokensSampled, or the sequence's failure
+    plan    running decodes (one token each), then chunks of prompts, as many as `batching` says
+    apply   tokens for each slice that asked for some: Prefilled, TokensSampled, or the sequence's failure
 
-Memory policy (DESIGN 1, "no deadlock"): columns are granted whole or not at all, and only `release` takes them back.
-A running sequence that cannot grow skips the step while somebody's columns are on their way back; if nobody's are,
-the youngest running sequence is paused and gives its own. New work is refused columns that a skipper waits for, so
-what comes back reaches it and one preemption never causes the next.
+Memory policy (DESIGN 1, "no deadlock"): columns are granted whole or not at all, and `release` takes them back. Prompts
+wait for all of theirs (`admission`). Running sequences grow as they go; when nothing is left for one of them, the least
+urgent gives its own (`turns`): it moves to another worker or, where prompts are computed too, waits for memory and
+computes again what it does not find in the prefix cache. New work is refused columns that a running sequence waits for,
+so what comes back reaches it and one preemption never causes the next.
+
+Nobody starves: the most urgent sequence is never preempted for another, a preempted one keeps its place in the queue,
+and each time that it is admitted again it comes at least one token further. Only urgency itself has no bound: more
+urgent work always goes first, and what waits behind it for too long meets its request's deadline.
 """
 
 from collections import deque
-from dataclasses import dataclass, field
-from enum import Enum, auto
-from itertools import islice
+from collections.abc import Iterable
+from dataclasses import dataclass
 
+from engine.admission import Admission
 from engine.base import limits
+from engine.batching import Batch, Batching, Chunk, Prompt
+from engine.batching.sarathi import Sarathi
 from engine.commands import (
     Activate,
     AddPrefill,
     Admitted,
-    BlockTable,
+    Branch,
+    DecodeHere,
     EngineEvent,
     EngineLoad,
     Paused,
     Prefilled,
+    PromptScored,
     Reserve,
     Reserved,
+    Sampled,
     SampledToken,
     SequenceSlice,
     StepFailed,
@@ -36,27 +46,10 @@ from engine.commands import (
     TokensSampled,
 )
 from engine.kv.allocator import ColumnAllocator
-from engine.types import FinishReason, SamplingParams
-
-
-class Phase(Enum):
-    """Where a sequence is. `release` leaves from any of them and frees whatever columns there are.
-
-    WAITING -> PREFILLING -> HELD | RUNNING | FINISHED          HELD -> RUNNING (decode here) | PAUSED
-    RESERVED -> RUNNING -> PAUSED | FINISHED                    WAITING, PREFILLING, RUNNING -> FAILED
-    """
-
-    WAITING = auto()  # no memory yet
-    PREFILLING = auto()  # all columns are here; chunks are left to compute
-    HELD = auto()  # prefilled; a Source moves the KV away
-    RESERVED = auto()  # columns lent to a writer
-    RUNNING = auto()
-    PAUSED = auto()  # stopped between two tokens; a Source moves the KV away
-    FINISHED = auto()
-    FAILED = auto()
-
-
-LEAVING = (Phase.HELD, Phase.PAUSED, Phase.FINISHED, Phase.FAILED)
+from engine.sequence import LEAVING, Phase, Sequence, Sequences
+from engine.sequence_memory import Copy, SequenceMemory
+from engine.turns import Turns, wait_again
+from engine.types import FinishReason
 
 
 class Failure:
@@ -65,37 +58,6 @@ class Failure:
     STEP_RAISED = "step_raised"
     NO_TOKEN = "no_token"
     EXCEEDS_MEMORY = "exceeds_memory"
-
-
-@dataclass(slots=True, eq=False)
-class Sequence:
-    """The scheduler's record of one sequence.
-
-    token_ids   0 ......... computed ......... len
-    KV          | in columns | to be computed |        while running, exactly the last token is not computed
-    """
-
-    seq_id: int
-    arrival: int  # preemption takes the youngest
-    phase: Phase
-    token_ids: list[int] = field(default_factory=list)
-    prompt_tokens: int = 0
-    sampling: SamplingParams = field(default_factory=SamplingParams)
-    tenant: str = ""
-    decode_here: bool = False
-    bound: bool = True  # nobody has to find a target for it (any more)
-    pause_wanted: bool = False  # asked while still prefilling
-    computed: int = 0
-    passes: int = 0  # admissions that overtook it because it did not fit
-
-    @property
-    def sample_position(self) -> int:
-        """Output position of the next token."""
-        return len(self.token_ids) - self.prompt_tokens
-
-    @property
-    def uncomputed_tokens(self) -> int:
-        return len(self.token_ids) - self.computed
 
 
 class Scheduler:
@@ -114,6 +76,8 @@ class Scheduler:
         passes_max: int = limits.PASSES_MAX
         max_model_len: int = limits.PROMPT_TOKENS_MAX
         eos_token_ids: frozenset[int] = frozenset()
+        recompute: bool = False  # this worker computes prompts, so a preempted sequence need not leave it
+        prefix_cache: bool = True
 
         def __post_init__(self) -> None:
             if min(self.block_size, self.step_tokens, self.step_sequences, self.near_turn_tokens) < 1:
@@ -121,15 +85,29 @@ class Scheduler:
             if min(self.growth_reserve_tokens, self.passes_max) < 0 or self.unbound_prefills_max < 1:
                 raise ValueError(f"reserves must be >= 0, unbound_prefills_max >= 1: {self}")
 
-    def __init__(self, config: Config, allocator: ColumnAllocator) -> None:
+        @property
+        def admission(self) -> Admission.Config:
+            return Admission.Config(
+                growth_reserve_tokens=self.growth_reserve_tokens,
+                unbound_prefills_max=self.unbound_prefills_max,
+                near_turn_tokens=self.near_turn_tokens,
+                passes_max=self.passes_max,
+            )
+
+    def __init__(
+        self, config: Config, allocator: ColumnAllocator, batching: Batching | None = None, *, model: bytes = b""
+    ) -> None:
+        """`model` is the schema's digest: what cached KV is named after, beside its tokens and its tenant."""
         self._config = config
         self._allocator = allocator
-        self._sequences: dict[int, Sequence] = {}
-        self._in: dict[Phase, dict[int, Sequence]] = {phase: {} for phase in Phase}  # in order of entry
-        self._starved: set[int] = set()  # running, and without a column for the next token
+        self._sequences = Sequences()
+        self._memory = SequenceMemory(allocator, block_size=config.block_size, model=model, reuse=config.prefix_cache)
+        self._admission = Admission(config.admission, self._sequences, self._memory)
+        turns = min(config.step_sequences, config.step_tokens)
+        self._turns = Turns(self._sequences, self._memory, sequences_max=turns, recompute=config.recompute)
+        self._batching = batching or Sarathi(Sarathi.Config(step_tokens=config.step_tokens))
         self._retries: deque[SequenceSlice] = deque()  # slices of a step that raised, to be run one by one
         self._events: list[EngineEvent] = []
-        self._arrivals = 0
         self._plan: StepPlan | None = None
         self._planned_us = 0
         self._steps = 0
@@ -137,68 +115,108 @@ class Scheduler:
 
     # -- commands ------------------------------------------------------------------------------------------------------
     def add_prefill(self, command: AddPrefill) -> None:
-        if not command.token_ids:
-            raise ValueError("a prefill needs at least one token")
-        sequence = self._add(command.seq_id, Phase.WAITING)
-        self._describe(sequence, command)
+        if not command.token_ids or not command.choices:
+            raise ValueError("a prefill needs at least one token and one choice")
+        if command.decode_here and len(command.choices) > 1:
+            raise ValueError("a group decodes here by DecodeHere, which names its children")
+        chain = self._memory.chain(command.tenant)
+        sequence = self._sequences.add(command.seq_id, Phase.WAITING, chain, priority=command.priority)
+        sequence.token_ids = list(command.token_ids)
+        sequence.chain.extend(sequence.token_ids)
+        sequence.prompt_tokens = command.prompt_tokens
+        sequence.sampling = command.sampling
+        sequence.tenant = command.tenant
+        sequence.choices = command.choices
         sequence.decode_here = command.decode_here
         last_token = sequence.sample_position + 1 >= command.sampling.max_tokens
         sequence.bound = command.decode_here or last_token
-        if self._columns_for(len(command.token_ids)) > self._allocator.total_columns:
+        if not self._memory.could_hold(len(command.token_ids)):
             self._fail(sequence, Failure.EXCEEDS_MEMORY)  # an answer, not a wait without end
 
-    def decode_here(self, seq_id: int) -> None:
-        sequence = self._sequences.get(seq_id)
-        if sequence is None:
+    def decode_here(self, command: DecodeHere) -> None:
+        group = self._sequences.get(command.seq_id)
+        if group is None or group.phase not in (Phase.WAITING, Phase.PREFILLING, Phase.HELD):
             return
-        sequence.decode_here = sequence.bound = True
-        if sequence.phase is Phase.HELD:
-            self._move(sequence, Phase.RUNNING)
+        forks = len(group.choices) if len(group.choices) > 1 else 0
+        if len(command.children) != forks:
+            raise ValueError(f"sequence {group.seq_id}: {len(group.choices)} choices, {len(command.children)} children")
+        group.decode_here = group.bound = True
+        if command.children and not group.children:
+            self._expect(group, command.children)
+        if group.phase is Phase.HELD:
+            self._continue_here(group)
 
     def mark_bound(self, seq_id: int) -> None:
         if sequence := self._sequences.get(seq_id):
             sequence.bound = True
 
     def reserve(self, command: Reserve) -> None:
-        wanted = self._columns_for(command.context_tokens + command.growth_tokens)
-        count = min(wanted, self._allocator.total_columns)  # the context is a must, growth is not
-        if count < self._columns_for(command.context_tokens) or not self._fits(count):
+        self._sequences.require_new(command.seq_id, *command.children)
+        chain = self._memory.chain(command.tenant, command.identity)
+        sequence = self._sequences.add(command.seq_id, Phase.RESERVED, chain, priority=command.priority)
+        sequence.token_ids = list(command.token_ids)
+        sequence.tenant = command.tenant
+        sequence.chain.extend(sequence.token_ids)
+        if not self._memory.reserve(sequence, command, spare=self._turns.spare_columns):
+            self._sequences.remove(command.seq_id)
             self._events.append(Reserved(seq_id=command.seq_id, block_table=None))
             return
-        self._add(command.seq_id, Phase.RESERVED)
-        self._allocator.allocate(command.seq_id, count, lent=True)
-        self._events.append(Reserved(seq_id=command.seq_id, block_table=self._table(command.seq_id)))
+        self._expect(sequence, command.children, phase=Phase.RESERVED)
+        self._events.append(
+            Reserved(
+                seq_id=command.seq_id,
+                block_table=self._memory.table(sequence),
+                cached_tokens=sequence.cached_blocks * self._config.block_size,
+            )
+        )
 
     def activate(self, command: Activate) -> None:
-        """The writer is done:  [KV of token_ids[:-1] | pending token) -> the batch. Unknown: released meanwhile."""
+        """The writer is done:  [KV of token_ids | pending token of each branch) -> the batch. Unknown: released."""
         sequence = self._sequences.get(command.seq_id)
         if sequence is None:
             return
         if sequence.phase is not Phase.RESERVED:
             raise ValueError(f"sequence {command.seq_id} is {sequence.phase.name}, not RESERVED")
-        self._describe(sequence, command)
-        sequence.computed = len(command.token_ids) - 1
-        if self._columns_for(sequence.computed) > len(self._table(command.seq_id)):
-            raise ValueError(f"sequence {command.seq_id}: more KV than columns were reserved for")
-        self._allocator.unlend(command.seq_id)
-        self._move(sequence, Phase.RUNNING)
+        if tuple(sequence.token_ids) != command.token_ids:
+            raise ValueError(f"sequence {command.seq_id}: memory was reserved for other tokens")
+        if not {branch.seq_id for branch in command.branches} <= set(sequence.children or (sequence.seq_id,)):
+            raise ValueError(f"sequence {command.seq_id}: a branch that was not reserved")
+        sequence.prompt_tokens = command.prompt_tokens
+        sequence.sampling = command.sampling
+        self._memory.arrived(sequence)
+        if sequence.children:
+            self._fork(sequence, command.branches)
+        else:
+            (branch,) = command.branches
+            self._follow(sequence, branch)
+            self._run(sequence)
 
     def pause(self, seq_id: int) -> None:
-        """Stop between two tokens. One that still prefills stops at its first token, which is the next such place."""
+        """Stop between two tokens. One that does not run yet stops at its first token, which is the next such place."""
         sequence = self._sequences.get(seq_id)
         if sequence is None:
             return
-        if sequence.phase in (Phase.RUNNING, Phase.HELD):
+        if sequence.is_group:  # never runs: who is wanted are its children
+            for child in self._unborn(sequence):
+                child.pause_wanted = True
+        elif sequence.phase in (Phase.RUNNING, Phase.HELD):
             self._pause(sequence, preempted=False)
-        elif sequence.phase in (Phase.WAITING, Phase.PREFILLING):
+        elif sequence.phase not in LEAVING:
             sequence.pause_wanted = True
 
     def release(self, seq_id: int) -> None:
-        sequence = self._sequences.pop(seq_id, None)
-        if sequence is not None:
-            del self._in[sequence.phase][seq_id]
-            self._starved.discard(seq_id)
-            self._allocator.release(seq_id)
+        sequence = self._sequences.get(seq_id)
+        if sequence is None:
+            return
+        self._finish_unborn(sequence)
+        self._sequences.remove(seq_id)
+        self._memory.release(seq_id)
+
+    def reset_cache(self) -> None:
+        """KV of before is never found again, nor what is computed from it: names of held blocks, and names to come."""
+        self._memory.reset_cache()
+        for sequence in self._sequences.among(*Phase):
+            sequence.nameable = False
 
     # -- steps ---------------------------------------------------------------------------------------------------------
     def plan(self, now_us: int) -> StepPlan | None:
@@ -217,12 +235,14 @@ class Scheduler:
         plan = self._end_step(now_us)
         if output.step_id != plan.step_id:
             raise ValueError(f"output of step {output.step_id} during step {plan.step_id}")
+        self._batching.observe(plan, self._step_us)
+        events = self.take_events()
         sampled: list[SampledToken] = []
         for piece in plan.slices:
             self._apply_slice(piece, output, sampled)
         if sampled:
-            self._events.append(TokensSampled(tokens=tuple(sampled)))
-        return self.take_events()
+            events.append(TokensSampled(tokens=tuple(sampled)))  # before what they lead to: Paused names them too
+        return events + self.take_events()
 
     def step_raised(self, now_us: int) -> list[EngineEvent]:
         """The executor raised. Its sequences run one by one, so that only the culprit fails (reliability A19, I11)."""
@@ -238,57 +258,64 @@ class Scheduler:
         events, self._events = self._events, []
         return events
 
+    def take_copies(self) -> list[Copy]:
+        """Columns to copy, source to target, before the next command or step: commands and outcomes fork sequences."""
+        return self._memory.take_copies()
+
     # -- what there is -------------------------------------------------------------------------------------------------
     @property
     def seq_ids(self) -> tuple[int, ...]:
-        return tuple(self._sequences)
+        return self._sequences.seq_ids
 
     def streams_kv(self, seq_id: int) -> bool:
         """Somebody may want this sequence's KV while it is computed."""
         return not self._sequences[seq_id].decode_here
 
     def load(self) -> EngineLoad:
-        uncomputed = (self._in[Phase.WAITING], self._in[Phase.PREFILLING])
+        count, uncomputed = self._sequences.count, self._sequences.among(Phase.WAITING, Phase.PREFILLING)
         return EngineLoad(
-            waiting=len(self._in[Phase.WAITING]),
-            prefilling=len(self._in[Phase.PREFILLING]),
-            running=len(self._in[Phase.RUNNING]),
-            waiting_tokens=sum(sequence.uncomputed_tokens for part in uncomputed for sequence in part.values()),
-            free_columns=self._allocator.free_columns,
+            waiting=count(Phase.WAITING),
+            prefilling=count(Phase.PREFILLING),
+            running=count(Phase.RUNNING),
+            waiting_tokens=sum(sequence.uncomputed_tokens for sequence in uncomputed),
+            free_columns=self._allocator.available_columns,
             total_columns=self._allocator.total_columns,
             lent_columns=self._allocator.lent_columns,
-            held_sequences=sum(len(self._in[phase]) for phase in LEAVING),
+            cached_columns=self._allocator.cached_columns,
+            held_sequences=count(*LEAVING),
             steps=self._steps,
             step_ms=self._step_us / 1_000,
+            prefix_hit_tokens=self._memory.hit_tokens,
+            prefix_query_tokens=self._memory.query_tokens,
+            preemptions=self._turns.preemptions,
             idle=not self._sequences,
         )
 
     def check_integrity(self) -> None:
         """I3, from the scheduler's side: who has columns, and that they hold what is said to be in them."""
         self._allocator.check_integrity()
-        filed = {seq_id: phase for phase, members in self._in.items() for seq_id in members}
-        if filed != {seq_id: sequence.phase for seq_id, sequence in self._sequences.items()}:
-            raise RuntimeError("a sequence is filed under another phase than its own")
+        self._sequences.check_integrity()
         owners = set(self._allocator.owners)
-        if not owners <= self._sequences.keys():
-            raise RuntimeError(f"columns of unknown sequences {sorted(owners - self._sequences.keys())}")
-        if owners & self._in[Phase.WAITING].keys():
-            raise RuntimeError("a waiting sequence has columns")
-        for seq_id, sequence in self._sequences.items():
-            columns = len(self._table(seq_id)) if seq_id in owners else 0
-            if self._columns_for(sequence.computed) > columns:
-                raise RuntimeError(f"sequence {seq_id}: {sequence.computed} tokens of KV in {columns} columns")
+        if not owners <= set(self.seq_ids):
+            raise RuntimeError(f"columns of unknown sequences {sorted(owners - set(self.seq_ids))}")
+        if owners & {sequence.seq_id for sequence in self._sequences.among(Phase.WAITING, Phase.EXPECTED)}:
+            raise RuntimeError("a sequence without KV has columns")
+        for sequence in self._sequences.among(*Phase):
+            columns = self._allocator.column_count(sequence.seq_id)
+            if self._memory.columns_for(sequence.computed) > columns:
+                raise RuntimeError(f"sequence {sequence.seq_id}: {sequence.computed} tokens of KV in {columns} columns")
 
     # -- batches -------------------------------------------------------------------------------------------------------
     def _next_batch(self) -> tuple[SequenceSlice, ...]:
-        """Decodes grow first: what is left in free columns is then for admission."""
-        decodes = self._decode_slices()
-        self._admit()
-        prefills = self._prefill_slices(
-            budget_tokens=self._config.step_tokens - len(decodes),
-            room=self._config.step_sequences - len(decodes),
-        )
-        return (*decodes, *prefills)
+        """Decodes grow first: what columns are left is then for admission."""
+        turn = self._turns.next()
+        for sequence in turn.leaving:
+            self._pause(sequence, preempted=True)
+        decodes = [self._slice(sequence, tokens=1) for sequence in turn.ready]
+        for sequence in self._admission.admit(spare=self._turns.spare_columns):
+            if not sequence.started:
+                self._report_admitted(sequence)
+        return (*decodes, *self._prefill_slices(decodes))
 
     def _next_retry(self) -> tuple[SequenceSlice, ...]:
         """The next slice of a failed step, alone and unchanged, unless its sequence has left meanwhile."""
@@ -299,31 +326,18 @@ class Scheduler:
                 return (piece,)
         return ()
 
-    def _decode_slices(self) -> list[SequenceSlice]:
-        """One token for each running sequence that has a slot for it.
-
-        Turns go round; columns go to the oldest, because the youngest is who is paused for them.
-        """
-        running = self._in[Phase.RUNNING]
-        turns = min(self._config.step_sequences, self._config.step_tokens)
-        turn = tuple(islice(running.values(), turns))
-        self._starved = {sequence.seq_id for sequence in sorted(turn, key=_arrival) if not self._grow(sequence)}
-        if self._starved and not self._columns_coming_back():
-            self._pause(max(running.values(), key=_arrival), preempted=True)
-        ready = [s for s in turn if s.phase is Phase.RUNNING and s.seq_id not in self._starved]
-        for sequence in ready:
-            running[sequence.seq_id] = running.pop(sequence.seq_id)  # to the end of the round
-        return [self._slice(sequence, tokens=1) for sequence in ready]
-
-    def _prefill_slices(self, *, budget_tokens: int, room: int) -> list[SequenceSlice]:
-        slices: list[SequenceSlice] = []
-        for sequence in self._in[Phase.PREFILLING].values():
-            if budget_tokens < 1 or len(slices) >= room:
-                break
-            tokens = min(sequence.uncomputed_tokens, budget_tokens)
-            slices.append(self._slice(sequence, tokens=tokens))
-            budget_tokens -= tokens
-        return slices
+    def _prefill_slices(self, decodes: list[SequenceSlice]) -> list[SequenceSlice]:
+        prefilling = sorted(self._sequences.among(Phase.PREFILLING), key=_priority)
+        if not prefilling:
+            return []
+        batch = Batch(
+            decode_contexts=tuple(piece.start + 1 for piece in decodes),
+            prompts=tuple(Prompt(s.seq_id, s.computed, s.uncomputed_tokens) for s in prefilling),
+            sequences_left=self._config.step_sequences - len(decodes),
+        )
+        chunks = self._batching.chunks(batch)
+        _check_chunks(chunks, batch)
+        return [self._slice(self._sequences[chunk.seq_id], tokens=chunk.tokens) for chunk in chunks]
 
     def _slice(self, sequence: Sequence, *, tokens: int) -> SequenceSlice:
         end = sequence.computed + tokens
@@ -331,87 +345,25 @@ class Scheduler:
             seq_id=sequence.seq_id,
             token_ids=tuple(sequence.token_ids[sequence.computed : end]),
             start=sequence.computed,
-            block_table=self._table(sequence.seq_id),
+            block_table=self._memory.table(sequence),
             sampling=sequence.sampling,
             sample_position=sequence.sample_position if end == len(sequence.token_ids) else None,
             is_prefill=sequence.phase is Phase.PREFILLING,
             tenant=sequence.tenant,
+            choices=sequence.choices,
+            context=sequence.token_ids,
+            prompt_tokens=sequence.prompt_tokens,
         )
 
-    # -- admission -----------------------------------------------------------------------------------------------------
-    def _admit(self) -> None:
-        """Give waiting prompts all their columns, in order, as their turn comes near.
-
-        Two things hold a prompt back. *No slot*: it needs a target and too many without one hold columns already;
-        others may pass, since slots do not depend on them. *No memory*: others may pass too, but each one delays it,
-        so after `passes_max` nobody does (long prompts do not starve).
-        """
-        backlog_tokens = sum(sequence.uncomputed_tokens for sequence in self._in[Phase.PREFILLING].values())
-        unbound = self._unbound_prefills()
-        blocked: Sequence | None = None  # the first that did not fit
-        for sequence in tuple(self._in[Phase.WAITING].values()):
-            if backlog_tokens >= self._config.near_turn_tokens:
-                return
-            if not sequence.bound and unbound >= self._config.unbound_prefills_max:
-                continue
-            if blocked and blocked.passes >= self._config.passes_max:
-                return
-            if not self._admit_one(sequence):
-                blocked = blocked or sequence
-                continue
-            backlog_tokens += sequence.uncomputed_tokens
-            unbound += not sequence.bound
-            if blocked:
-                blocked.passes += 1
-
-    def _admit_one(self, sequence: Sequence) -> bool:
-        count = self._columns_to_prefill(sequence)
-        if not self._fits(count):
-            return False
-        self._allocator.allocate(sequence.seq_id, count)
-        self._move(sequence, Phase.PREFILLING)
-        table = self._table(sequence.seq_id)
-        context_tokens = len(sequence.token_ids)
-        self._events.append(Admitted(seq_id=sequence.seq_id, block_table=table, context_tokens=context_tokens))
-        return True
-
-    def _columns_to_prefill(self, sequence: Sequence) -> int:
-        """Its context, and room to grow if it stays. Never more than there is: only the context is a must."""
-        tokens = len(sequence.token_ids)
-        if sequence.decode_here:
-            outputs_left = max(0, sequence.sampling.max_tokens - sequence.sample_position - 1)  # the last is not stored
-            tokens += min(self._config.growth_reserve_tokens, outputs_left)
-        return min(self._columns_for(tokens), self._allocator.total_columns)
-
-    def _unbound_prefills(self) -> int:
-        holders = (self._in[Phase.PREFILLING], self._in[Phase.HELD])
-        return sum(not sequence.bound for part in holders for sequence in part.values())
-
-    # -- columns -------------------------------------------------------------------------------------------------------
-    def _columns_for(self, tokens: int) -> int:
-        return -(-tokens // self._config.block_size)
-
-    def _table(self, seq_id: int) -> BlockTable:
-        return self._allocator.table(seq_id)
-
-    def _fits(self, count: int) -> bool:
-        """Enough for new work, with one column left for each running sequence that waits for one."""
-        return count + len(self._starved) <= self._allocator.free_columns
-
-    def _grow(self, sequence: Sequence) -> bool:
-        """Make sure that the next token's slot exists."""
-        has = len(self._table(sequence.seq_id))
-        return self._columns_for(sequence.computed + 1) <= has or bool(self._allocator.allocate(sequence.seq_id, 1))
-
-    def _columns_coming_back(self) -> bool:
-        """Somebody is about to be released, or moves to a target that has already granted the memory.
-
-        A held prefill without a target does not count: its target may be waiting for *our* columns. Everything that
-        counts has a deadline at its owner, so a skipped step is never skipped for ever.
-        """
-        if any(self._in[phase] for phase in (Phase.PAUSED, Phase.FINISHED, Phase.FAILED)):
-            return True
-        return any(sequence.bound for sequence in self._in[Phase.HELD].values())
+    def _report_admitted(self, sequence: Sequence) -> None:
+        self._events.append(
+            Admitted(
+                seq_id=sequence.seq_id,
+                block_table=self._memory.table(sequence),
+                context_tokens=len(sequence.token_ids),
+                cached_tokens=sequence.computed,
+            )
+        )
 
     # -- outcomes ------------------------------------------------------------------------------------------------------
     def _end_step(self, now_us: int) -> StepPlan:
@@ -423,28 +375,47 @@ class Scheduler:
 
     def _apply_slice(self, piece: SequenceSlice, output: StepOutput, sampled: list[SampledToken]) -> None:
         sequence = self._sequences[piece.seq_id]
+        picks = output.tokens.get(piece.seq_id, ()) if piece.sample_position is not None else ()
         reason = output.failed.get(piece.seq_id)
-        if reason is None and piece.sample_position is not None and piece.seq_id not in output.tokens:
+        if reason is None and piece.sample_position is not None and len(picks) != len(piece.choices):
             reason = Failure.NO_TOKEN
         if reason is not None:
             self._fail(sequence, reason)
             return
-        sequence.computed = piece.start + len(piece.token_ids)
-        if piece.sample_position is not None:
-            self._accept(sequence, piece.sample_position, output.tokens[piece.seq_id], sampled)
+        self._memory.computed(sequence, piece.start + len(piece.token_ids))
+        if scores := output.prompt_logprobs.get(piece.seq_id):
+            self._events.append(PromptScored(seq_id=piece.seq_id, start=piece.start + 1, logprobs=scores))
+        if picks:
+            self._accept(sequence, picks, sampled)
 
-    def _accept(self, sequence: Sequence, position: int, token_id: int, sampled: list[SampledToken]) -> None:
-        sequence.token_ids.append(token_id)
-        finish = self._finish_reason(sequence, position, token_id)
-        if sequence.phase is Phase.PREFILLING:
-            self._events.append(Prefilled(seq_id=sequence.seq_id, token_id=token_id, finish=finish))
-            self._move(sequence, Phase.RUNNING if sequence.decode_here else Phase.HELD)
+    def _accept(self, sequence: Sequence, picks: tuple[Sampled, ...], sampled: list[SampledToken]) -> None:
+        tokens = tuple(self._token(sequence, *pair) for pair in zip(sequence.choices, picks, strict=True))
+        if sequence.started:
+            sampled.append(tokens[0])
         else:
-            sampled.append(SampledToken(sequence.seq_id, position, token_id, finish))
-        if finish is not None:
-            self._move(sequence, Phase.FINISHED)
+            self._events.append(Prefilled(seq_id=sequence.seq_id, tokens=tokens))
+        sequence.started = True
+        if not sequence.is_group:
+            sequence.token_ids.append(tokens[0].token_id)
+        if all(token.finish for token in tokens):
+            self._finish_unborn(sequence)
+            self._sequences.move(sequence, Phase.FINISHED)
+            return
+        sequence.first_tokens = tokens if sequence.is_group else ()
+        if sequence.phase is Phase.PREFILLING:
+            self._after_prefill(sequence)
+
+    def _after_prefill(self, sequence: Sequence) -> None:
+        self._sequences.move(sequence, Phase.HELD)
+        if sequence.decode_here:
+            self._continue_here(sequence)
         elif sequence.pause_wanted:
             self._pause(sequence, preempted=False)
+
+    def _token(self, sequence: Sequence, choice: int, pick: Sampled) -> SampledToken:
+        position = sequence.sample_position
+        finish = self._finish_reason(sequence, position, pick.token_id)
+        return SampledToken(sequence.seq_id, position, pick.token_id, finish, choice, pick.logprobs)
 
     def _finish_reason(self, sequence: Sequence, position: int, token_id: int) -> FinishReason | None:
         """Why this token is the last. With `max_tokens` 0 it is sampled all the same, and the router drops it."""
@@ -452,49 +423,105 @@ class Scheduler:
         if sampling.max_tokens == 0:
             return FinishReason.LENGTH
         is_eos = token_id in self._config.eos_token_ids and not sampling.ignore_eos
-        if is_eos or token_id in sampling.stop_token_ids:
+        if position >= sampling.min_tokens and (is_eos or token_id in sampling.stop_token_ids):
             return FinishReason.STOP
-        if position + 1 >= sampling.max_tokens or len(sequence.token_ids) >= self._config.max_model_len:
+        if position + 1 >= sampling.max_tokens or len(sequence.token_ids) + 1 >= self._config.max_model_len:
             return FinishReason.LENGTH
         return None
 
+    def _run(self, sequence: Sequence) -> None:
+        self._sequences.move(sequence, Phase.RUNNING)
+        if sequence.pause_wanted:
+            self._pause(sequence, preempted=False)
+
     def _pause(self, sequence: Sequence, *, preempted: bool) -> None:
         """From here on a Source owns the range:  [KV of token_ids[:-1] | pending token)."""
-        self._move(sequence, Phase.PAUSED)
+        self._sequences.move(sequence, Phase.PAUSED)
         self._events.append(
             Paused(
                 seq_id=sequence.seq_id,
                 token_ids=tuple(sequence.token_ids),
-                block_table=self._table(sequence.seq_id),
+                block_table=self._memory.table(sequence),
                 preempted=preempted,
             )
         )
 
     def _fail(self, sequence: Sequence, reason: str) -> None:
-        self._move(sequence, Phase.FAILED)
-        self._events.append(StepFailed(seq_ids=(sequence.seq_id,), reason=reason))
+        """It takes its unborn children along. Whatever is in its columns, nobody shall find it in the cache."""
+        failing = [sequence, *self._unborn(sequence)]
+        for member in failing:
+            self._memory.disown(member)
+            self._sequences.move(member, Phase.FAILED)
+        self._events.append(StepFailed(seq_ids=tuple(member.seq_id for member in failing), reason=reason))
 
-    # -- records -------------------------------------------------------------------------------------------------------
-    def _add(self, seq_id: int, phase: Phase) -> Sequence:
-        if seq_id in self._sequences:
-            raise ValueError(f"sequence id {seq_id} is in use; ids are never reused")
-        self._arrivals += 1
-        sequence = Sequence(seq_id, self._arrivals, phase)
-        self._sequences[seq_id] = self._in[phase][seq_id] = sequence
-        return sequence
+    # -- groups --------------------------------------------------------------------------------------------------------
+    #   AddPrefill(choices)  +  DecodeHere(children)    children EXPECTED, then forked by the group's first tokens
+    #   Reserve(children)    +  Activate(branches)      children RESERVED, then forked by the branches
+    def _expect(self, group: Sequence, children: tuple[int, ...], *, phase: Phase = Phase.EXPECTED) -> None:
+        """File the sequences that a group's choices will be. Released or paused they may be from now on."""
+        self._sequences.require_new(*children)
+        group.children = children
+        for child_id in children:
+            chain = self._memory.chain(group.tenant)  # until the group has all of its own
+            self._sequences.add(child_id, phase, chain, priority=group.priority, arrival=group.arrival)
 
-    def _describe(self, sequence: Sequence, command: AddPrefill | Activate) -> None:
-        sequence.token_ids = list(command.token_ids)
-        sequence.prompt_tokens = command.prompt_tokens
-        sequence.sampling = command.sampling
-        sequence.tenant = command.tenant
+    def _unborn(self, group: Sequence) -> list[Sequence]:
+        children = [self._sequences.get(child_id) for child_id in group.children]
+        return [child for child in children if child and child.phase in (Phase.EXPECTED, Phase.RESERVED)]
 
-    def _move(self, sequence: Sequence, phase: Phase) -> None:
-        del self._in[sequence.phase][sequence.seq_id]
-        self._starved.discard(sequence.seq_id)
-        sequence.phase = phase
-        self._in[phase][sequence.seq_id] = sequence
+    def _finish_unborn(self, group: Sequence) -> None:
+        for child in self._unborn(group):
+            self._sequences.move(child, Phase.FINISHED)
+
+    def _continue_here(self, sequence: Sequence) -> None:
+        """First tokens are sampled, all KV is here, nobody else is its target."""
+        if not sequence.children:
+            self._run(sequence)
+            return
+        pairs = zip(sequence.children, sequence.first_tokens, strict=True)
+        self._fork(sequence, [Branch(seq_id=i, choice=t.choice, token_id=t.token_id) for i, t in pairs if not t.finish])
+
+    def _fork(self, group: Sequence, branches: Iterable[Branch]) -> None:
+        """Each choice that goes on becomes a sequence that shares the group's full blocks; the group is over."""
+        branch_of = {branch.seq_id: branch for branch in branches}
+        for child in self._unborn(group):
+            if branch := branch_of.get(child.seq_id):
+                self._start_child(group, child, branch)
+        self._finish_unborn(group)
+        self._sequences.move(group, Phase.FINISHED)
+
+    def _start_child(self, group: Sequence, child: Sequence, branch: Branch) -> None:
+        child.token_ids = list(group.token_ids)
+        child.prompt_tokens = group.prompt_tokens
+        child.sampling = group.sampling
+        child.tenant = group.tenant
+        child.chain = group.chain.fork()
+        self._follow(child, branch)
+        if self._memory.fork(group, child, spare=self._turns.spare_columns):
+            self._run(child)
+        elif self._memory.could_hold(len(child.token_ids)):
+            wait_again(self._sequences, child)  # its prefix is cached as long as nobody needs the room
+        else:
+            self._fail(child, Failure.EXCEEDS_MEMORY)
+
+    def _follow(self, sequence: Sequence, branch: Branch) -> None:
+        """The first token is known, and reported: this sequence samples what comes after it."""
+        sequence.token_ids.append(branch.token_id)
+        sequence.choices = (branch.choice,)
+        sequence.started = sequence.decode_here = True
 
 
-def _arrival(sequence: Sequence) -> int:
-    return sequence.arrival
+def _check_chunks(chunks: list[Chunk], batch: Batch) -> None:
+    """A batching method is a plug-in: what it may not do is a bug of its own, and named here."""
+    uncomputed = {prompt.seq_id: prompt.uncomputed_tokens for prompt in batch.prompts}
+    for seq_id, tokens in chunks:
+        if not 1 <= tokens <= uncomputed.pop(seq_id, 0):
+            raise ValueError(f"batching: a chunk of {tokens} tokens of sequence {seq_id} cannot be")
+    if len(chunks) > max(batch.sequences_left, 0):
+        raise ValueError(f"batching: {len(chunks)} chunks, and room for {batch.sequences_left}")
+    if not chunks and not batch.decode_contexts:
+        raise ValueError("batching: prompts wait, and an empty step would be the last")
+
+
+def _priority(sequence: Sequence) -> int:
+    return sequence.priority

@@ -113,7 +113,9 @@ class End:
     """Body of END: the source has sent everything.
 
     `branches` has the tokens that the source sampled after the transferred context, per choice: the first is what the
-    target feeds first. `frames` counts the DATA frames; `digest` combines their checksums (`combine`).
+    target feeds first, and a choice that ended at the source has none. `frames` counts the DATA frames; `digest`
+    combines their checksums (`combine`). The header's codec and level say what the KV has come through, on this way or
+    an earlier one: it may be lossy although every DATA frame is raw.
     """
 
     branches: tuple[tuple[int, ...], ...]
@@ -213,10 +215,15 @@ def _why_not_sealable(header: FrameHeader) -> FrameReason | None:
     """Only our own mistakes: what a header that came over the wire cannot have wrong, then what it can."""
     if not len(header.transfer_id) == len(header.schema_digest) == TRANSFER_ID_BYTES:
         return "length"
-    codec = _CODEC_NAME.fullmatch(header.codec.encode())
-    if codec is None or codec[1] != header.codec.encode():
+    if not fits_codec_name(header.codec):
         return "codec"
     return _why_implausible(header)
+
+
+def fits_codec_name(name: str) -> bool:
+    """Whether a header can say this name, whatever it means."""
+    codec = _CODEC_NAME.fullmatch(name.encode())
+    return codec is not None and codec[1] == name.encode()
 
 
 def _pack(header: FrameHeader) -> bytes:
@@ -266,15 +273,18 @@ def combine(digest: int, checksum: int) -> int:
 
 
 def parse_end_untrusted(payload: memoryview | bytes) -> End:
-    """At least one branch of at least one token. Counts are compared with the length before they size anything."""
+    """Branches may be empty, but not all of them: nothing would be left to decode, hence nothing to transfer for.
+
+    Counts are compared with the length before they size anything.
+    """
     if len(payload) < _END.size:
         _refuse("payload")
     digest, frames, branches = _END.unpack_from(payload)
     numbers, rest = divmod(len(payload) - _END.size, _END_NUMBER_BYTES)
-    if rest or not 1 <= branches <= numbers:
-        _refuse("payload")
+    if rest or not 1 <= branches <= limits.CHOICES_MAX or branches >= numbers:
+        _refuse("payload")  # a length for each branch, and one token at least
     lengths = struct.unpack_from(f"<{branches}I", payload, _END.size)
-    if min(lengths) < 1 or sum(lengths) != numbers - branches:
+    if sum(lengths) != numbers - branches:
         _refuse("payload")
     tokens = struct.unpack_from(f"<{numbers - branches}I", payload, _END.size + branches * _END_NUMBER_BYTES)
     ends = list(accumulate(lengths))

@@ -3,12 +3,12 @@
 `seq_id` names the attempt inside this worker. A worker reports outcomes of *attempts*; only the router ends a request.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from engine.base.errors import Status
 from engine.commands import SampledToken
-from engine.types import FinishReason, SamplingParams
+from engine.types import FinishReason, SamplingParams, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,11 +21,21 @@ class Work:
     prompt_tokens: int
     sampling: SamplingParams
     tenant: str = ""
+    priority: int = 0
+    choices: tuple[int, ...] = (0,)
+    children: tuple[int, ...] = ()  # a group's: the sequence of each choice, where it decodes
+    identity: str = ""  # of cached KV that will do: "" exact only, else also what came through this codec
 
     @property
     def position(self) -> int:
         """Output position of the next token."""
         return len(self.token_ids) - self.prompt_tokens
+
+    @property
+    def parts(self) -> tuple["Work", ...]:
+        """A group's work, choice by choice: what each of its children is by itself. None for a single choice."""
+        pairs = zip(self.children, self.choices if self.children else (), strict=True)
+        return tuple(replace(self, seq_id=child, choices=(choice,), children=()) for child, choice in pairs)
 
 
 class RelocateReason(StrEnum):
@@ -46,6 +56,7 @@ class NearTurn(AttemptReport):
     """A source holds all units of its own and will compute next: find it a target."""
 
     context_tokens: int
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +64,16 @@ class FirstToken(AttemptReport):
     position: int
     token_id: int
     finish: FinishReason | None
+    choice: int = 0
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptScored(AttemptReport):
+    """Log-probabilities of prompt tokens [start, start + len(logprobs))."""
+
+    start: int
+    logprobs: tuple[TokenLogprobs, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

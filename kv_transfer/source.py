@@ -13,11 +13,14 @@ from a decode that has been paused: both are regions of computed KV in held unit
 The window (FRAME_WINDOW frames, encoded or in flight) bounds memory on both ends. END does not wait for the last
 acknowledgements: it carries the frame count and a digest over every frame, so the target knows what it still lacks.
 Frames are kept until acknowledged, so sending again needs no second encode and cannot produce other bytes.
+
+KV that has come through a lossy codec leaves raw, whatever the binding asks for (DESIGN 2.7), and END names that codec:
+it is no more exact for having travelled raw.
 """
 
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from engine.base import limits
 from engine.base.errors import FrameError
@@ -25,6 +28,7 @@ from engine.base.machine import JobDone, LinkName, Run, Send
 from engine.commands import BlockTable
 from engine.kv.schema import CacheSchema
 from kv_transfer import frame as frames
+from kv_transfer.codecs import EXACT, RAW, codec_of, identity_of
 from kv_transfer.custody import Custody
 from kv_transfer.frame import End, FrameHeader, FrameKind
 from kv_transfer.jobs import EncodeJob, atoms
@@ -94,6 +98,7 @@ class _Delivery:
 class _Outgoing:
     seq_id: int
     table: BlockTable
+    identity: str = EXACT  # of the KV that is held
     computed: list[Region] = field(default_factory=list)
     branches: tuple[tuple[int, ...], ...] | None = None
     delivery: _Delivery | None = None
@@ -114,9 +119,12 @@ class Source:
         self._jobs: dict[int, tuple[_Outgoing, _Delivery, int]] = {}
 
     # -- the owner's side ----------------------------------------------------------------------------------------------
-    def hold(self, seq_id: int, table: BlockTable) -> None:
-        """A sequence's units are held here until `drop`; nothing of it is computed yet."""
-        self._outgoing[seq_id] = _Outgoing(seq_id, table)
+    def hold(self, seq_id: int, table: BlockTable, *, final_tokens: int = 0, identity: str = EXACT) -> None:
+        """A sequence's units are held here until `drop`. KV of the first `final_tokens` is in them, in every layer."""
+        outgoing = _Outgoing(seq_id, table, identity)
+        if final_tokens:
+            outgoing.computed.append(((0, self._schema.kv.layers), (0, final_tokens)))
+        self._outgoing[seq_id] = outgoing
 
     def computed(self, seq_id: int, layers: tuple[int, int], tokens: tuple[int, int], now_us: int) -> list[object]:
         """KV of this region is final. Goes out at once if the sequence is bound."""
@@ -143,6 +151,8 @@ class Source:
         if outgoing is None:
             return []
         actions = self._unbind(outgoing)
+        if outgoing.identity != EXACT:
+            binding = replace(binding, codec=RAW, level=0)
         delivery = _Delivery(binding, progress_us=now_us)
         outgoing.delivery = delivery
         self._by_transfer[binding.transfer_id] = outgoing
@@ -186,7 +196,7 @@ class Source:
             actions.append(self._encode(outgoing, delivery, delivery.pending.popleft()))
         drained = not delivery.pending and not delivery.encoding
         if drained and outgoing.branches is not None and delivery.end_data is None:
-            actions.append(self._send_end(delivery, outgoing.branches, now_us))
+            actions.append(self._send_end(outgoing, delivery, outgoing.branches, now_us))
         return actions
 
     def _encode(self, outgoing: _Outgoing, delivery: _Delivery, region: Region) -> Run:
@@ -235,9 +245,12 @@ class Source:
             delivery.progress_us = now_us
         return [*actions, Send(delivery.binding.link, data), *self._pump(outgoing, now_us)]
 
-    def _send_end(self, delivery: _Delivery, branches: tuple[tuple[int, ...], ...], now_us: int) -> Send:
+    def _send_end(
+        self, outgoing: _Outgoing, delivery: _Delivery, branches: tuple[tuple[int, ...], ...], now_us: int
+    ) -> Send:
         end = End(branches=branches, frames=delivery.frames, digest=delivery.digest)
-        header = self._header(delivery, FrameKind.END, delivery.next_sequence)
+        codec, level = codec_of(outgoing.identity or identity_of(delivery.binding.codec, delivery.binding.level))
+        header = replace(self._header(delivery, FrameKind.END, delivery.next_sequence), codec=codec, level=level)
         delivery.end_data = frames.seal(header, [frames.serialize_end(end)])
         delivery.progress_us = now_us
         return Send(delivery.binding.link, delivery.end_data)

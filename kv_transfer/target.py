@@ -30,7 +30,7 @@ from engine.base.machine import JobDone, LinkName, Run, Send
 from engine.commands import BlockTable
 from engine.kv.schema import CacheSchema
 from kv_transfer import frame as frames
-from kv_transfer.codecs import codecs
+from kv_transfer.codecs import EXACT, codecs, identity_of
 from kv_transfer.custody import Custody
 from kv_transfer.frame import End, FrameHeader, FrameKind, TransferRefusal
 from kv_transfer.jobs import DecodeJob
@@ -43,7 +43,7 @@ class Arrived:
     """Every frame of the transfer is in memory and END has been verified against all of them."""
 
     seq_id: int
-    branches: tuple[tuple[int, ...], ...]  # tokens the source has sampled, per choice
+    branches: tuple[tuple[int, ...], ...]  # the token the source has sampled, per choice; none for one that is over
     codec: str
     bytes_raw: int
     bytes_wire: int
@@ -70,6 +70,8 @@ class _Incoming:
     table: BlockTable
     skip_tokens: int
     context_tokens: int
+    choices: int
+    identity: str  # the loss that was reserved for; exact KV always will do
     link: LinkName | None = None
     decoding: set[int] = field(default_factory=set)  # sequence numbers in codec threads
     placed: dict[int, int] = field(default_factory=dict)  # sequence number -> checksum
@@ -108,9 +110,22 @@ class Target:
         self._committed: OrderedDict[bytes, None] = OrderedDict()
 
     # -- the owner's side ----------------------------------------------------------------------------------------------
-    def open(self, seq_id: int, *, table: BlockTable, skip_tokens: int, context_tokens: int, epoch: int) -> bytes:
-        """Accept frames into `table` from now on; returns the transfer id that the source must name."""
-        incoming = _Incoming(seq_id, self._mint(), epoch, table, skip_tokens, context_tokens)
+    def open(
+        self,
+        seq_id: int,
+        *,
+        table: BlockTable,
+        skip_tokens: int,
+        context_tokens: int,
+        epoch: int,
+        choices: int = 1,
+        identity: str = EXACT,
+    ) -> bytes:
+        """Accept frames into `table` from now on; returns the transfer id that the source must name.
+
+        `identity` is what the KV will be known as here. With it a lossy codec may be used; no other one may.
+        """
+        incoming = _Incoming(seq_id, self._mint(), epoch, table, skip_tokens, context_tokens, choices, identity)
         incoming.missing = self.schema.kv.layers * (context_tokens - skip_tokens)
         self._transfers[incoming.transfer_id] = incoming
         self._by_sequence[seq_id] = incoming
@@ -145,7 +160,7 @@ class Target:
         if header.kind is FrameKind.DATA:
             return self._on_data(incoming, header, data, now_us)
         if header.kind is FrameKind.END:
-            return self._on_end(incoming, data, now_us)
+            return self._on_end(incoming, header, data, now_us)
         return self._fail(incoming, "source_aborted")
 
     def _match_untrusted(self, link: LinkName, header: FrameHeader, data: bytes) -> _Incoming | None:
@@ -177,6 +192,13 @@ class Target:
         if (header.head_start, header.head_end) != (0, self.schema.kv.heads):
             raise FrameError("range")  # no worker holds a part of the heads yet (DESIGN 9: no tensor parallelism)
         if header.codec not in codecs.names():
+            raise FrameError("codec")
+        self._check_identity_untrusted(incoming, header)
+
+    @staticmethod
+    def _check_identity_untrusted(incoming: _Incoming, header: FrameHeader) -> None:
+        """Lossy KV under a name that says exact would be wrong for whoever finds it in the cache (DESIGN 4)."""
+        if identity_of(header.codec, header.level) not in (EXACT, incoming.identity):
             raise FrameError("codec")
 
     def _answer_unknown(self, link: LinkName, header: FrameHeader) -> list[object]:
@@ -241,10 +263,11 @@ class Target:
         incoming.missing -= region_LT.size - int(np.count_nonzero(region_LT))
         region_LT[:] = True
 
-    def _on_end(self, incoming: _Incoming, data: bytes, now_us: int) -> list[object]:
+    def _on_end(self, incoming: _Incoming, header: FrameHeader, data: bytes, now_us: int) -> list[object]:
         try:
             end = frames.parse_end_untrusted(frames.payload_of(data))
-            self._check_branches_untrusted(end)
+            self._check_branches_untrusted(incoming, end)
+            self._check_identity_untrusted(incoming, header)
         except FrameError as error:
             self._counters[f"frames_rejected:{error.reason}"] += 1
             return []
@@ -253,10 +276,13 @@ class Target:
             incoming.first_frame_us = now_us
         return self._commit_if_whole(incoming, now_us)
 
-    def _check_branches_untrusted(self, end: End) -> None:
-        """One pending token per choice, of this model's vocabulary: it is fed to the engine as it is."""
+    def _check_branches_untrusted(self, incoming: _Incoming, end: End) -> None:
+        """A branch for each choice; one pending token, of this model's vocabulary (it is fed to the engine as it is),
+        or none for a choice that is over."""
+        if len(end.branches) != incoming.choices:
+            raise FrameError("payload")
         for branch in end.branches:
-            if len(branch) != 1 or branch[0] >= self._vocab_size:
+            if len(branch) > 1 or any(token >= self._vocab_size for token in branch):
                 raise FrameError("payload")
 
     def _commit_if_whole(self, incoming: _Incoming, now_us: int) -> list[object]:

@@ -1,17 +1,29 @@
 """PrefillRole: prompts in, first tokens and KV out. What only prefill does; pure, and blind to wires.
 
-    add -> AddPrefill --Admitted--> NearTurn report --KVComputed*--> regions to the Source --Prefilled--> FirstToken
+    add -> AddPrefill --Admitted--> NearTurn report --KVComputed*--> regions to the Source --Prefilled--> FirstToken*
     bind: the Source may send; a binding to this very worker moves nothing: the sequence decodes here
     Delivered: the target has it all, the units are free
+
+A request of several choices is one sequence here, a *group*: one prompt, one token per choice, one transfer with a
+branch per choice.
 
 Not here: which target (router), what a frame is (kv_transfer), when a step runs (engine).
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 from engine.base.machine import Command
-from engine.commands import AddPrefill, Admitted, DecodeHere, KVComputed, MarkBound, Prefilled
+from engine.commands import AddPrefill, Admitted, DecodeHere, KVComputed, MarkBound, Prefilled, SampledToken
 from kv_transfer.custody import Custody
 from kv_transfer.reports import AttemptOver, FirstToken, NearTurn, Relocate, RelocateReason, Work
 from kv_transfer.source import Binding, Delivered, DeliveryFailed, Source
+
+
+@dataclass(slots=True)
+class _Prefill:
+    work: Work
+    tokens: tuple[SampledToken, ...] = ()  # sampled and reported, one per choice; none before `Prefilled`
 
 
 class PrefillRole:
@@ -20,7 +32,7 @@ class PrefillRole:
     def __init__(self, *, source: Source, custody: Custody) -> None:
         self._source = source
         self._custody = custody
-        self._prefills: dict[int, Work] = {}
+        self._prefills: dict[int, _Prefill] = {}
 
     def owns(self, seq_id: int) -> bool:
         return seq_id in self._prefills
@@ -29,7 +41,7 @@ class PrefillRole:
         return len(self._prefills)
 
     def add(self, work: Work) -> list[object]:
-        self._prefills[work.seq_id] = work
+        self._prefills[work.seq_id] = _Prefill(work)
         self._custody.begin(work.seq_id)
         command = AddPrefill(
             seq_id=work.seq_id,
@@ -37,6 +49,8 @@ class PrefillRole:
             prompt_tokens=work.prompt_tokens,
             sampling=work.sampling,
             tenant=work.tenant,
+            choices=work.choices,
+            priority=work.priority,
         )
         return [Command(command)]
 
@@ -46,10 +60,14 @@ class PrefillRole:
             return []
         return [Command(MarkBound(seq_id=seq_id)), *self._source.bind(seq_id, binding, now_us)]
 
-    def give_to_decode(self, seq_id: int) -> list[object]:
-        """The target is this worker: its decode role owns the sequence from now on, and no byte moves."""
-        del self._prefills[seq_id]
-        return [*self._source.drop(seq_id), Command(DecodeHere(seq_id=seq_id))]
+    def give_to_decode(self, work: Work) -> tuple[list[object], tuple[SampledToken, ...]]:
+        """The target is this worker: its decode role owns the sequence from now on, and no byte moves.
+
+        `work` names the children of a group. Also returns the first tokens, if they have been reported already.
+        """
+        tokens = self._prefills.pop(work.seq_id).tokens
+        command = DecodeHere(seq_id=work.seq_id, children=work.children)
+        return [*self._source.drop(work.seq_id), Command(command)], tokens
 
     def abort(self, seq_id: int) -> list[object]:
         """Idempotent, in every stage."""
@@ -59,23 +77,31 @@ class PrefillRole:
 
     # -- engine events -------------------------------------------------------------------------------------------------
     def on_admitted(self, event: Admitted) -> list[object]:
+        """What the prefix cache had is final in every layer: a target that lacks it gets it with the first regions.
+
+        tokens   0 ........ cached_tokens ............. context_tokens
+                 | final now | computed chunk by chunk  |
+        """
         if not self.owns(event.seq_id):
             return []
-        self._source.hold(event.seq_id, event.block_table)
-        return [NearTurn(seq_id=event.seq_id, context_tokens=event.context_tokens)]
+        self._source.hold(event.seq_id, event.block_table, final_tokens=event.cached_tokens)
+        context_tokens, cached_tokens = event.context_tokens, event.cached_tokens
+        return [NearTurn(seq_id=event.seq_id, context_tokens=context_tokens, cached_tokens=cached_tokens)]
 
     def on_computed(self, event: KVComputed, now_us: int) -> list[object]:
         layers = (event.layer_start, event.layer_end)
         return self._source.computed(event.seq_id, layers, (event.token_start, event.token_end), now_us)
 
     def on_prefilled(self, event: Prefilled, now_us: int) -> list[object]:
-        work = self._prefills.get(event.seq_id)
-        if work is None:
+        prefill = self._prefills.get(event.seq_id)
+        if prefill is None:
             return []
-        first = FirstToken(seq_id=event.seq_id, position=work.position, token_id=event.token_id, finish=event.finish)
-        if event.finish is not None:
-            return [first, *self.abort(event.seq_id), AttemptOver(seq_id=event.seq_id)]
-        return [first, *self._source.complete(event.seq_id, ((event.token_id,),), now_us)]
+        prefill.tokens = event.tokens
+        first = _first_tokens(event.tokens)
+        if event.finished:
+            return [*first, *self.abort(event.seq_id), AttemptOver(seq_id=event.seq_id)]
+        branches = tuple(() if token.finish is not None else (token.token_id,) for token in event.tokens)
+        return [*first, *self._source.complete(event.seq_id, branches, now_us)]
 
     # -- transfer outcomes ---------------------------------------------------------------------------------------------
     def on_delivered(self, event: Delivered) -> list[object]:
@@ -90,3 +116,17 @@ class PrefillRole:
                 target_attempt=event.target_attempt,
             )
         ]
+
+
+def _first_tokens(tokens: Sequence[SampledToken]) -> list[FirstToken]:
+    return [
+        FirstToken(
+            seq_id=token.seq_id,
+            position=token.position,
+            token_id=token.token_id,
+            finish=token.finish,
+            choice=token.choice,
+            logprobs=token.logprobs,
+        )
+        for token in tokens
+    ]

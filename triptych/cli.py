@@ -9,6 +9,7 @@ import functools
 import importlib.metadata
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -19,6 +20,7 @@ from control_plane.options import (
     HTTP_PORT,
     MODEL_DEFAULT,
     ControllerOptions,
+    Device,
     Dtype,
     EngineOptions,
     ExecutorKind,
@@ -31,6 +33,7 @@ from deploy.options import ServeOptions
 from engine.base import limits
 from engine.base.errors import TriptychError
 from engine.types import Role
+from triptych.options import FitOptions, fit_engine, grid_of
 
 app = typer.Typer(
     name="triptych",
@@ -72,6 +75,19 @@ LayersPerGroup = Annotated[
 StepTokens = Annotated[
     int, typer.Option(help="Token budget of one engine step; longer prompts are chunked.", rich_help_panel=KV)
 ]
+DeviceOption = Annotated[
+    Device, typer.Option("--device", help="Where the model runs and its KV lives.", rich_help_panel=MODEL)
+]
+Batching = Annotated[
+    str, typer.Option(help="What one step runs: sarathi, prepacking, or a plug-in's name.", rich_help_panel=RUN)
+]
+TbtSloMs = Annotated[
+    float | None,
+    typer.Option(help="Bound on the time between two tokens; needs `triptych fit`.", rich_help_panel=RUN),
+]
+PrefixCache = Annotated[
+    bool, typer.Option("--prefix-cache/--no-prefix-cache", help="Reuse KV of equal prefixes.", rich_help_panel=KV)
+]
 Host = Annotated[
     str, typer.Option(help="Address to listen on; 0.0.0.0 opens it to the network.", rich_help_panel=NETWORK)
 ]
@@ -102,6 +118,10 @@ def _engine_options(
     codec: Codec = "raw",
     layers_per_group: LayersPerGroup = limits.LAYERS_PER_GROUP,
     step_tokens: StepTokens = limits.STEP_TOKENS_MAX,
+    device: DeviceOption = Device.CPU,
+    batching: Batching = "sarathi",
+    tbt_slo_ms: TbtSloMs = None,
+    prefix_cache: PrefixCache = True,
 ) -> EngineOptions:
     return EngineOptions(
         model=model,
@@ -113,6 +133,10 @@ def _engine_options(
         codec=codec,
         layers_per_group=layers_per_group,
         step_tokens=step_tokens,
+        device=device,
+        batching=batching,
+        tbt_slo_ms=tbt_slo_ms,
+        prefix_cache=prefix_cache,
     )
 
 
@@ -250,6 +274,33 @@ def controller(
     """Run the controller that workers and routers register with."""
     options = ControllerOptions(listen=listen, log_level=log_level)
     from control_plane.controller.server import main as run
+
+    raise typer.Exit(run(options))
+
+
+@app.command()
+def fit(
+    model: Model = MODEL_DEFAULT,
+    dtype: DtypeOption = Dtype.AUTO,
+    device: DeviceOption = Device.CPU,
+    threads: Annotated[int, typer.Option(help="Compute threads; as many as the worker will have.")] = 1,
+    block_size: BlockSize = limits.BLOCK_SIZE_TOKENS,
+    quick: Annotated[bool, typer.Option("--quick", help="A few steps, a few times: seconds.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Longer contexts, larger batches: minutes.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="File to write; default: where workers of this machine look.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Measure how long engine steps take here and fit the model that schedules by it. Best on an idle machine."""
+    options = FitOptions(
+        engine=fit_engine(model=model, dtype=dtype, device=device, block_size=block_size),
+        threads=threads,
+        grid=grid_of(quick=quick, full=full),
+        out=out,
+        as_json=as_json,
+    )
+    from triptych.fit import main as run
 
     raise typer.Exit(run(options))
 

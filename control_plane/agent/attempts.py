@@ -23,6 +23,10 @@ class Attempt:
     deadline_us: int
     work: Work
 
+    @property
+    def key(self) -> tuple[LinkName, int, int]:
+        return (self.link, self.request, self.attempt)
+
 
 class AttemptTable:
     def __init__(self) -> None:
@@ -39,15 +43,15 @@ class AttemptTable:
 
     def add(self, attempt: Attempt) -> None:
         self._by_sequence[attempt.seq_id] = attempt
-        self._by_key[(attempt.link, attempt.request, attempt.attempt)] = attempt
+        self._by_key[attempt.key] = attempt
         self._by_link[attempt.link][attempt.seq_id] = attempt
         heapq.heappush(self._deadlines, (attempt.deadline_us, attempt.seq_id))
 
     def rename(self, attempt: Attempt, number: int) -> None:
         """A binding to this very worker: the same sequence goes on under the target's attempt number."""
-        del self._by_key[(attempt.link, attempt.request, attempt.attempt)]
+        del self._by_key[attempt.key]
         attempt.attempt = number
-        self._by_key[(attempt.link, attempt.request, number)] = attempt
+        self._by_key[attempt.key] = attempt
 
     def find(self, link: LinkName, request: int, attempt: int) -> Attempt | None:
         return self._by_key.get((link, request, attempt))
@@ -62,7 +66,7 @@ class AttemptTable:
         attempt = self._by_sequence.pop(seq_id, None)
         if attempt is None:
             return
-        del self._by_key[(attempt.link, attempt.request, attempt.attempt)]
+        del self._by_key[attempt.key]
         del self._by_link[attempt.link][seq_id]
         if not self._by_link[attempt.link]:
             del self._by_link[attempt.link]

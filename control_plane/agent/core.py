@@ -14,7 +14,7 @@ A worker is neutral: "prefill", "decode" and "both" differ only in the set of ro
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import count
 from random import Random
@@ -25,6 +25,8 @@ from control_plane.agent.target_links import TargetLinks
 from control_plane.wire import session_pb2 as pb
 from control_plane.wire.session import WIRE_VERSION, Session, hello, parse_hello_untrusted
 from control_plane.wire.translate import (
+    choice_attempts_from_wire_untrusted,
+    choices_from_wire_untrusted,
     context_from_wire_untrusted,
     report_to_wire,
     sampling_from_wire_untrusted,
@@ -36,6 +38,7 @@ from engine.base import limits
 from engine.base.errors import FrameError, Status
 from engine.base.machine import (
     Close,
+    Command,
     EngineEvents,
     JobDone,
     LinkLost,
@@ -49,9 +52,9 @@ from engine.base.machine import (
 from engine.kv.schema import CacheSchema
 from engine.types import Role
 from kv_transfer import reports
-from kv_transfer.codecs import choose, codecs
+from kv_transfer.codecs import RAW, choose, codecs, identity_of
 from kv_transfer.custody import Custody
-from kv_transfer.frame import TRANSFER_ID_BYTES
+from kv_transfer.frame import TRANSFER_ID_BYTES, fits_codec_name
 from kv_transfer.source import Binding, Delivered, DeliveryFailed, Source
 from kv_transfer.target import ArrivalFailed, Arrived, Target
 from prefill_worker.role import PrefillRole
@@ -200,8 +203,9 @@ class WorkerCore:
         actions: list[object] = [*self._lease.on_tick(now_us)]
         actions += self._settle(self._source.on_tick(now_us), now_us)
         for attempt in self._attempts.expired(now_us):
-            self.counters["attempts_expired"] += 1
-            actions += self._fail_attempt(attempt, Status.DEADLINE_EXCEEDED, "deadline", now_us)
+            if self._attempts.of_sequence(attempt.seq_id) is attempt:  # not gone with its group, a moment ago
+                self.counters["attempts_expired"] += 1
+                actions += self._fail_attempt(attempt, Status.DEADLINE_EXCEEDED, "deadline", now_us)
         if self._quiesce_us is not None and self._quiesce_us <= now_us:
             self._quiesce_us = now_us + limits.HEARTBEAT_MS * 1_000  # again: transfers under way still arrive
             actions += self._decode.quiesce()
@@ -288,16 +292,18 @@ class WorkerCore:
                 return [] if attempt is None else self._drop(attempt)
             case "quiesce":
                 return self._decode.quiesce()
+            case "reset_cache":
+                return [Command(commands.ResetCache())]
         raise FrameError("body")
 
     def _on_prefill(self, link: LinkName, message: pb.Prefill, now_us: int) -> list[object]:
         if not self._takes(Role.PREFILL):
             return [self._refuse_attempt(link, message, Status.UNAVAILABLE, "not_serving")]
         try:
-            work = self._work_untrusted(message)
+            work = self._work_untrusted(message, choices_from_wire_untrusted(message.choices))
         except FrameError as error:
             return [self._refuse_attempt(link, message, Status.INVALID_ARGUMENT, error.reason)]
-        self._record(link, message, work, now_us)
+        self._record(self._attempt(link, message, work, now_us))
         self._failpoint("prefill.queued")
         return self._prefill.add(work)
 
@@ -306,11 +312,21 @@ class WorkerCore:
         if refusal is not None:
             return [self._refuse_reserve(link, message, refusal)]
         try:
-            work = self._work_untrusted(message)
+            members = choice_attempts_from_wire_untrusted(message.choices)
+            work = self._work_untrusted(message, tuple(choice for _, choice in members) or (0,))
+            identity = self._identity_untrusted(message.codec)
         except FrameError:
             return [self._refuse_reserve(link, message, pb.INVALID)]
-        self._record(link, message, work, now_us)
+        work = replace(work, identity=identity, children=self._mint_children(work))
+        attempt = self._attempt(link, message, work, now_us)
+        self._record(attempt, *_children(attempt, members))
         return self._decode.reserve(work)
+
+    def _identity_untrusted(self, codec: str) -> str:
+        """What the KV that comes through this codec will be, and may be mixed with."""
+        if not fits_codec_name(codec):
+            raise FrameError("codec")
+        return identity_of(codec or RAW, 0)
 
     def _reserve_refusal(self, message: pb.Reserve) -> pb.Refusal | None:
         if message.epoch != self.epoch:
@@ -323,7 +339,7 @@ class WorkerCore:
         room = len(self._attempts) < limits.WORKER_ATTEMPTS_MAX
         return room and self.state is WorkerState.SERVING and role in self.config.roles
 
-    def _work_untrusted(self, message: pb.Prefill | pb.Reserve) -> reports.Work:
+    def _work_untrusted(self, message: pb.Prefill | pb.Reserve, choices: tuple[int, ...]) -> reports.Work:
         """Raises FrameError, also for what a router should have refused: its word is not enough for an index kernel."""
         token_ids = context_from_wire_untrusted(
             message, vocab_size=self.config.vocab_size, max_len=self.config.max_model_len
@@ -332,16 +348,29 @@ class WorkerCore:
             seq_id=self._attempts.mint(),
             token_ids=token_ids,
             prompt_tokens=message.prompt_tokens,
-            sampling=sampling_from_wire_untrusted(message.sampling),
+            sampling=sampling_from_wire_untrusted(message.sampling, self.config.vocab_size),
             tenant=message.tenant,
+            priority=message.priority,
+            choices=choices,
         )
 
-    def _record(self, link: LinkName, message: pb.Prefill | pb.Reserve, work: reports.Work, now_us: int) -> None:
-        if self._attempts.find(link, message.request, message.attempt) is not None:
-            raise FrameError("attempt")
+    def _mint_children(self, work: reports.Work) -> tuple[int, ...]:
+        """A sequence for each choice of a group; none for a single choice, which is its own."""
+        return tuple(self._attempts.mint() for _ in work.choices) if len(work.choices) > 1 else ()
+
+    @staticmethod
+    def _attempt(link: LinkName, message: pb.Prefill | pb.Reserve, work: reports.Work, now_us: int) -> Attempt:
         deadline_ms = min(message.deadline_ms or limits.REQUEST_DEADLINE_MS, limits.REQUEST_DEADLINE_MS_MAX)
         deadline_us = now_us + deadline_ms * 1_000
-        self._attempts.add(Attempt(link, message.request, message.attempt, work.seq_id, deadline_us, work))
+        return Attempt(link, message.request, message.attempt, work.seq_id, deadline_us, work)
+
+    def _record(self, *attempts: Attempt) -> None:
+        """All or none. A number that is taken already would make two sequences one."""
+        keys = {attempt.key for attempt in attempts}
+        if len(keys) != len(attempts) or any(self._attempts.find(*key) for key in keys):
+            raise FrameError("attempt")
+        for attempt in attempts:
+            self._attempts.add(attempt)
 
     def _on_bind(self, link: LinkName, message: pb.Bind, now_us: int) -> list[object]:
         attempt = self._attempts.find(link, message.request, message.attempt)
@@ -350,7 +379,7 @@ class WorkerCore:
             # never (that target is lost, with its Committed), and would wait for ever for a transfer from nobody.
             return [self._refuse_attempt(link, message, Status.UNAVAILABLE, "unknown_attempt")]
         if message.target == self.config.worker_id:
-            return self._bind_here(attempt, message.target_attempt)
+            return self._bind_here(attempt, message, now_us)
         if len(message.transfer_id) != TRANSFER_ID_BYTES:
             raise FrameError("transfer")
         binding = Binding(
@@ -371,15 +400,19 @@ class WorkerCore:
         role = self._prefill if self._prefill.owns(seq_id) else self._decode
         return self._settle(role.bind(seq_id, binding, now_us), now_us)
 
-    def _bind_here(self, attempt: Attempt, target_attempt: int) -> list[object]:
+    def _bind_here(self, attempt: Attempt, message: pb.Bind, now_us: int) -> list[object]:
         if not self._prefill.owns(attempt.seq_id):
             return []
-        if self._attempts.find(attempt.link, attempt.request, target_attempt) is not None:
+        members = choice_attempts_from_wire_untrusted(message.choices)
+        attempt.work = replace(attempt.work, children=self._mint_children(attempt.work))
+        if attempt.work.children and tuple(choice for _, choice in members) != attempt.work.choices:
+            raise FrameError("choices")
+        if self._attempts.find(attempt.link, attempt.request, message.target_attempt) is not None:
             raise FrameError("attempt")
-        self._attempts.rename(attempt, target_attempt)
-        actions = self._prefill.give_to_decode(attempt.seq_id)
-        self._decode.adopt(attempt.work)
-        return actions
+        self._attempts.rename(attempt, message.target_attempt)
+        self._record(*_children(attempt, members))
+        actions, tokens = self._prefill.give_to_decode(attempt.work)
+        return [*actions, *self._settle(self._decode.adopt(attempt.work, tokens), now_us)]
 
     # -- what the engine says ------------------------------------------------------------------------------------------
     def _on_engine_event(self, event: object, now_us: int) -> list[object]:
@@ -399,6 +432,9 @@ class WorkerCore:
                 return self._settle(self._decode.on_prefilled(event), now_us)
             case commands.Prefilled():
                 return self._settle(self._prefill.on_prefilled(event, now_us), now_us)
+            case commands.PromptScored():
+                scored = reports.PromptScored(seq_id=event.seq_id, start=event.start, logprobs=event.logprobs)
+                return self._settle([scored], now_us)
             case commands.Reserved():
                 return self._settle(self._decode.on_reserved(event, self.epoch), now_us)
             case commands.Paused():
@@ -409,12 +445,13 @@ class WorkerCore:
 
     def _on_step_failed(self, event: commands.StepFailed, now_us: int) -> list[object]:
         self.counters[f"step_failures:{event.reason}"] += 1
-        failed = [self._attempts.of_sequence(seq_id) for seq_id in event.seq_ids]
+        its_own = event.reason in commands.REQUESTS_OWN_FAULTS
+        status = Status.INVALID_ARGUMENT if its_own else Status.INTERNAL
         return [
             action
-            for attempt in failed
-            if attempt is not None
-            for action in self._fail_attempt(attempt, Status.INTERNAL, event.reason, now_us)
+            for seq_id in event.seq_ids
+            if (attempt := self._attempts.of_sequence(seq_id)) is not None
+            for action in self._fail_attempt(attempt, status, event.reason, now_us)
         ]
 
     # -- outcomes ------------------------------------------------------------------------------------------------------
@@ -457,10 +494,14 @@ class WorkerCore:
         return [self._to_router(link, tokens=tokens_to_wire(tokens)) for link, tokens in by_router.items()]
 
     def _report_over(self, report: reports.AttemptOver) -> list[object]:
+        """Well over is a sequence alone: a group's children go on. A failure takes them along."""
         attempt = self._attempts.of_sequence(report.seq_id)
-        self._attempts.forget(report.seq_id)
-        if attempt is None or report.status is None:
+        if attempt is None:
             return []
+        if report.status is None:
+            self._attempts.forget(report.seq_id)
+            return []
+        self._forget(attempt)
         return [self._failed(attempt, report.status, report.reason)]
 
     def _report(self, report: reports.AttemptReport) -> list[object]:
@@ -475,7 +516,7 @@ class WorkerCore:
             case reports.Granted():
                 self._failpoint("decode.reserved")
             case reports.Full():
-                self._attempts.forget(report.seq_id)
+                self._forget(attempt)
             case reports.Relocate():
                 self.counters[f"relocations:{report.reason.value}"] += 1
         envelope = report_to_wire(report, request=attempt.request, attempt=attempt.attempt, epoch=self.epoch)
@@ -483,9 +524,14 @@ class WorkerCore:
 
     def _drop(self, attempt: Attempt) -> list[object]:
         """Forget the attempt and free what it holds, in whatever stage it is. Idempotent below."""
-        self._attempts.forget(attempt.seq_id)
+        self._forget(attempt)
         self._targets.forget(attempt.seq_id)
         return [*self._prefill.abort(attempt.seq_id), *self._decode.abort(attempt.seq_id)]
+
+    def _forget(self, attempt: Attempt) -> None:
+        """A group's record goes with its children's. After the commit there is no group any more."""
+        for seq_id in (attempt.seq_id, *attempt.work.children):
+            self._attempts.forget(seq_id)
 
     def _fail_attempt(self, attempt: Attempt, status: Status, reason: str, now_us: int) -> list[object]:
         return [*self._drop(attempt), self._failed(attempt, status, reason)]
@@ -541,8 +587,20 @@ class WorkerCore:
             waiting_tokens=load.waiting_tokens,
             step_us=int(load.step_ms * 1_000),
             attempts=len(self._attempts),
-            counters=dict(self.counters),
+            counters={**self.counters, "preemptions": load.preemptions} if load.preemptions else self.counters,
             lent_columns=load.lent_columns,
             held=len(self.custody),
             tasks=self._count_tasks(),
+            cached_columns=load.cached_columns,
+            prefix_hit_tokens=load.prefix_hit_tokens,
+            prefix_query_tokens=load.prefix_query_tokens,
         )
+
+
+def _children(group: Attempt, members: Sequence[tuple[int, int]]) -> list[Attempt]:
+    """A group's choices are attempts of their own from the start: an abort of one may come at any time."""
+    pairs = zip(members, group.work.parts, strict=False)  # a single choice has a name too, and no part of its own
+    return [
+        Attempt(group.link, request, group.attempt, part.seq_id, group.deadline_us, part)
+        for (request, _), part in pairs
+    ]

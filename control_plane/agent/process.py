@@ -23,18 +23,22 @@ from control_plane.agent.trace import Trace, TracedMachine
 from control_plane.agent.tuning import exempt_from_collection, leave_to_engine, settle_interpreter
 from control_plane.lifecycle import Shutdown, configure_logging
 from control_plane.model_choice import ModelChoice, choose_model
-from control_plane.options import EngineOptions, ExecutorKind, WorkerOptions
+from control_plane.options import Device, EngineOptions, ExecutorKind, WorkerOptions
 from engine.base.asyncio_host import AsyncioHost, JobPool
 from engine.base.failpoints import Failpoints
 from engine.base.link import Link, LinkHandler
+from engine.batching import Batching, build
 from engine.commands import EngineEvent
 from engine.core import EngineCore
 from engine.executors import Executor
 from engine.executors.oracle import OracleExecutor
-from engine.executors.paced import PacedExecutor, StepTimeModel
+from engine.executors.paced import SMOLLM2_ONE_CORE, PacedExecutor
 from engine.kv.arena import Arena
 from engine.scheduler import Scheduler
+from engine.step_time import Setting, StepTimeModel
+from engine.step_time import load as load_step_time
 from engine.thread import EngineThread
+from engine.types import Role
 from kv_transfer.transports.grpc import GrpcTransport
 
 log = logging.getLogger("triptych.worker")
@@ -44,6 +48,7 @@ TRACE_VARIABLE = "TRIPTYCH_TRACE"  # a folder: benches read there what the worke
 LOAD_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 10.0
 MEMORY_SHARE = 0.25  # of what is free when the worker starts, unless told
+DEVICE_MEMORY_SHARE = 0.5
 COLUMNS_DEFAULT_MAX = 1 << 14  # the oracle's columns are tiny; their book-keeping is not
 KV_BYTES_DEFAULT_MAX = 1 << 30  # a worker on a shared machine should not take it all without being asked
 
@@ -77,7 +82,7 @@ class _Worker:
         self._transport = GrpcTransport()
         self._host: AsyncioHost | None = None
         columns = _columns(options.engine, model)
-        self._arena = Arena(model.schema, columns=columns, block_size=options.engine.block_size)
+        self._arena = _arena(options.engine, model, columns)
         # A request that no amount of waiting can fit is refused at the door, by router and worker alike.
         self._max_model_len = min(model.max_model_len, columns * options.engine.block_size)
         self._engine = self._build_engine()
@@ -89,6 +94,8 @@ class _Worker:
             block_size=engine.block_size,
             max_model_len=self._max_model_len,
             eos_token_ids=frozenset(self._model.eos_token_ids),
+            recompute=Role.PREFILL in self._options.roles,
+            prefix_cache=engine.prefix_cache,
         )
         loop = asyncio.get_running_loop()
         self._loaded = asyncio.Event()
@@ -104,7 +111,7 @@ class _Worker:
         def on_crash(error: Exception) -> None:
             loop.call_soon_threadsafe(self._shutdown.crash, error)
 
-        core = EngineCore(config, self._model.schema, self._arena)
+        core = EngineCore(config, self._model.schema, self._arena, _batching(self._options, self._model))
         cores = self._options.cores or None
         return EngineThread(core, build_executor, self._on_engine_events, on_crash=on_crash, cpu_set=cores)
 
@@ -220,23 +227,70 @@ def _open_trace(name: str) -> Trace | None:
     return Trace(Path(folder) / f"{name}.jsonl", lambda: time.monotonic_ns() // 1_000) if folder else None
 
 
+def _batching(options: WorkerOptions, model: ModelChoice) -> Batching:
+    engine = options.engine
+    step_time = _step_time(options, model)
+    if engine.tbt_slo_ms is not None and step_time is None:
+        log.warning("no step times of this model: run `triptych fit`; steps have step_tokens=%d", engine.step_tokens)
+    return build(
+        engine.batching,
+        step_tokens=engine.step_tokens,
+        tbt_slo_ms=engine.tbt_slo_ms,
+        model=step_time,
+        align_tokens=engine.block_size,
+    )
+
+
+def _step_time(options: WorkerOptions, model: ModelChoice) -> StepTimeModel | None:
+    """How long steps take here: measured by `triptych fit`, if it was, or what a paced worker keeps to."""
+    if options.engine.executor is not ExecutorKind.TORCH:
+        return SMOLLM2_ONE_CORE if options.engine.executor is ExecutorKind.PACED else None
+    setting = Setting(
+        fingerprint=model.schema.model,
+        dtype=model.dtype,
+        device=options.engine.device.value,
+        threads=options.threads,
+    )
+    return load_step_time(setting)
+
+
 def _executor(options: WorkerOptions, model: ModelChoice, arena: Arena) -> Executor:
     """Built on the engine thread. Imports torch only for the executor that is torch."""
     kind = options.engine.executor
     if kind is not ExecutorKind.TORCH:
         paced = kind is ExecutorKind.PACED
         oracle = OracleExecutor(arena, OracleExecutor.Config(schema=model.schema, trust_read_rows=paced))
-        return PacedExecutor(oracle, StepTimeModel(), time.sleep) if paced else oracle
+        return PacedExecutor(oracle, SMOLLM2_ONE_CORE, time.sleep) if paced else oracle
     from engine.executors import torch
 
     assert model.path is not None
     config = torch.Config(
         model=model.path,
         dtype=model.dtype,
+        device=options.engine.device.value,
         threads=options.threads,
         layers_per_group=options.engine.layers_per_group,
     )
     return torch.TorchExecutor(config, arena)
+
+
+def _arena(options: EngineOptions, model: ModelChoice, columns: int) -> Arena:
+    """KV memory where the model runs."""
+    if options.device is Device.CPU:
+        return Arena(model.schema, columns=columns, block_size=options.block_size)
+    from engine.kv.device_arena import DeviceArena
+
+    return DeviceArena(model.schema, columns=columns, block_size=options.block_size, device=options.device.value)
+
+
+def _kv_budget_bytes(options: EngineOptions) -> int:
+    """An accelerator is ours alone, and the weights are not there yet; the host's memory is shared."""
+    if options.device is Device.CPU:
+        return min(int(free_bytes() * MEMORY_SHARE), KV_BYTES_DEFAULT_MAX)
+    import torch
+
+    device_free_bytes, _ = torch.cuda.mem_get_info()
+    return int(device_free_bytes * DEVICE_MEMORY_SHARE)
 
 
 def _columns(options: EngineOptions, model: ModelChoice) -> int:
@@ -244,7 +298,7 @@ def _columns(options: EngineOptions, model: ModelChoice) -> int:
     column_bytes = model.schema.token_bytes * options.block_size
     if options.kv_cache_mib is not None:
         return max(1, (options.kv_cache_mib << 20) // column_bytes)
-    budget_bytes = min(int(free_bytes() * MEMORY_SHARE), KV_BYTES_DEFAULT_MAX)
+    budget_bytes = _kv_budget_bytes(options)
     columns = max(1, budget_bytes // column_bytes)
     longest = -(-model.max_model_len // options.block_size) + 1
     if columns < longest:

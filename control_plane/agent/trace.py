@@ -71,8 +71,9 @@ class TracedMachine:
             match action:
                 case Run(key, DecodeJob() as job):
                     self._decoding[key] = job
-                case Command(Activate() as activate):
-                    self._trace.note("activated", seq=activate.seq_id)
+                case Command(Activate(branches=branches)):
+                    for branch in branches:
+                        self._trace.note("activated", seq=branch.seq_id)
         if isinstance(event, Tick):
             self._trace.flush()
         return actions

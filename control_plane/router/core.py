@@ -1,41 +1,61 @@
 """RouterCore: the owner of every request, as a pure machine (DESIGN 1).
 
 The router owns a request's position, its attempts and its one ending. Workers report the outcome of an *attempt*; the
-router forwards position n once, only from the attempt it has bound. So doubt (an ack lost, a worker frozen and woken)
-costs work, never a wrong or doubled token.
+router forwards position n once, only from the attempt that it has bound. So doubt (an ack lost, a worker frozen and
+woken) costs work, never a wrong or doubled token.
 
     Submit -> admission -> queue -> Prefill at P -> NEAR_TURN -> Reserve at D -> RESERVED -> Bind at P
            -> TOKEN 0 from P (or again from D, whichever is first) -> Committed -> TOKENS from D -> Ended
 
-Not here: HTTP, gRPC, text (the edge), what a worker does with a message, who is alive (links and the controller say).
+A client's request is a *submission*; what workers know are *requests*, one for all of its choices until they fork.
+
+Not here: HTTP, gRPC, text (the edge), what a worker does with a message, who is alive (links and the controller say),
+which worker is best (`placement`).
 """
 
 import heapq
-from bisect import bisect
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from control_plane.router import worker_messages
+from control_plane.router.absences import Absences
+from control_plane.router.admission import Admission
+from control_plane.router.admission import Config as AdmissionConfig
 from control_plane.router.live_request import LiveRequest, Placement, Stage
-from control_plane.router.placement import choose_decode, choose_prefill
-from control_plane.router.requests import Cancel, Ended, Submit, TokensReady, WorkerView
+from control_plane.router.placement import Placer
+from control_plane.router.request_queue import RequestQueue
+from control_plane.router.requests import (
+    Cancel,
+    Ended,
+    PromptScored,
+    ResetCache,
+    Stop,
+    Submit,
+    TokensReady,
+    WorkerView,
+)
+from control_plane.router.submissions import Submission
 from control_plane.router.workers import LINK_PREFIX, Worker, WorkerPool
 from control_plane.wire import session_pb2 as pb
 from control_plane.wire.session import Session, hello
-from control_plane.wire.translate import FINISH_REASONS, finish_from_wire_untrusted, sampling_to_wire
+from control_plane.wire.translate import (
+    first_token_from_wire_untrusted,
+    scores_from_wire_untrusted,
+    tokens_from_wire_untrusted,
+)
 from engine.base import limits
 from engine.base.errors import (
     Cancelled,
     DeadlineExceeded,
     FrameError,
     Internal,
-    InvalidArgument,
-    ResourceExhausted,
     TriptychError,
     Unavailable,
 )
 from engine.base.machine import Close, Dial, LinkLost, LinkName, LinkUp, Received, Send, Started, Tick
-from engine.types import FinishReason, Role
+from engine.commands import SampledToken
+from engine.types import FinishReason
 
 CONTROLLER: LinkName = "controller"
 
@@ -62,27 +82,28 @@ class RouterCore:
         self.config = config
         self.pool = WorkerPool()
         self.counters: Counter[tuple[str, str]] = Counter()  # (name, label) -> count
-        self.admitting = True
+        self._placer = Placer(self.pool, config.codec)
+        self._absences = Absences(self.pool, config.worker_wait_ms)
+        self._submissions: dict[int, Submission] = {}  # by key
         self._requests: dict[int, LiveRequest] = {}
-        self._by_key: dict[int, LiveRequest] = {}
-        self._queue: deque[LiveRequest] = deque()
-        self._queued_tokens = 0
+        self._queue = RequestQueue()
+        admission = AdmissionConfig(requests_max=config.requests_max, queued_tokens_max=config.queued_tokens_max)
+        self._admission = Admission(admission, self.pool, self._queue, self._absences)
         self._seeking: dict[int, LiveRequest] = {}  # in QUEUED or RESERVING: those that a timer may have to move
-        self._absent_until_us: dict[Role, int] = {}  # roles that no worker holds now: when waiting for one ends
-        self._given_up: set[Role] = set()  # absent for longer than that: a request that needs one fails at once
-        self._deadlines: list[tuple[int, int]] = []  # heap of (deadline_us, request id); ended ones are skipped
-        self._next_id = 1
+        self._deadlines: list[tuple[int, int]] = []  # heap of (deadline_us, key); ended ones are skipped
+        self._arrivals = 0
+        self._last_id = 0
         self._controller: Session | None = None
         self._redial_controller_us: int | None = None
 
     # -- what the edge may read ----------------------------------------------------------------------------------------
     @property
     def ready(self) -> bool:
-        return self.admitting and self.pool.ready
+        return self._admission.open and self.pool.ready
 
     @property
     def in_flight(self) -> int:
-        return len(self._requests)
+        return len(self._submissions)
 
     def workers(self) -> Sequence[WorkerView]:
         return self.pool.views()
@@ -98,9 +119,11 @@ class RouterCore:
                 return self._on_message(link, message, now_us)
             case Submit():
                 return self._on_submit(event, now_us)
+            case Stop(key, choice):
+                return self._on_stop(key, choice, now_us)
             case Cancel(key):
-                request = self._by_key.get(key)
-                return [] if request is None else self._end(request, now_us, error=Cancelled("cancelled"))
+                submission = self._submissions.get(key)
+                return [] if submission is None else self._end(submission, now_us, error=Cancelled("cancelled"))
             case Tick():
                 return self._on_tick(now_us)
             case LinkUp(link):
@@ -108,21 +131,23 @@ class RouterCore:
             case LinkLost(link, reason):
                 return self._on_link_lost(link, reason, now_us)
             case Started():
-                self._note_absences(now_us)
+                self._absences.note(now_us)
                 return self._dial_controller()
+            case ResetCache():
+                return self._on_reset_cache()
             case StopAdmitting():
-                self.admitting = False
+                self._admission.open = False
                 return []
         raise TypeError(f"not an event of a router: {event!r}")
 
     @property
     def next_deadline_us(self) -> int | None:
-        while self._deadlines and self._deadlines[0][1] not in self._requests:
+        while self._deadlines and self._deadlines[0][1] not in self._submissions:
             heapq.heappop(self._deadlines)
-        deadlines = [self._redial_controller_us, self._deadlines[0][0] if self._deadlines else None]
+        deadlines = [self._redial_controller_us, self._absences.next_deadline_us]
+        deadlines += [self._deadlines[0][0] if self._deadlines else None]
         deadlines += [worker.redial_us for worker in self.pool if worker.session is None]
         deadlines += [request.retry_us for request in self._seeking.values()]
-        deadlines += [until_us for role, until_us in self._absent_until_us.items() if role not in self._given_up]
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
     def _on_tick(self, now_us: int) -> list[object]:
@@ -131,10 +156,11 @@ class RouterCore:
             actions += self._dial_controller()
         actions += self._dial_workers(now_us)
         while self._deadlines and self._deadlines[0][0] <= now_us:
-            request = self._requests.get(heapq.heappop(self._deadlines)[1])
-            if request is not None:
-                error = DeadlineExceeded(f"deadline passed while {request.stage.value}")
-                actions += self._end(request, now_us, error=error)
+            submission = self._submissions.get(heapq.heappop(self._deadlines)[1])
+            if submission is not None:
+                *_, newest = submission.requests.values()
+                error = DeadlineExceeded(f"deadline passed while {newest.stage.value}")
+                actions += self._end(submission, now_us, error=error)
         actions += self._give_up(now_us)
         for request in list(self._seeking.values()):
             if request.retry_us is not None and request.retry_us <= now_us:
@@ -144,36 +170,18 @@ class RouterCore:
         return actions
 
     # -- roles that nobody holds ---------------------------------------------------------------------------------------
-    def _note_absences(self, now_us: int) -> None:
-        """Waiting for a worker of a role is bounded from the moment the role was lost. Full workers are load, not
-        absence: only a request's own deadline ends that wait."""
-        for role in (Role.PREFILL, Role.DECODE):
-            if self.pool.holding(role):
-                self._absent_until_us.pop(role, None)
-                self._given_up.discard(role)
-            else:
-                self._absent_until_us.setdefault(role, now_us + self.config.worker_wait_ms * 1_000)
-
     def _give_up(self, now_us: int) -> list[object]:
-        over = {role for role, until_us in self._absent_until_us.items() if until_us <= now_us} - self._given_up
-        self._given_up |= over
-        requests = list(self._requests.values()) if over else []
+        requests = list(self._requests.values()) if self._absences.give_up(now_us) else []
         return [action for request in requests for action in self._end_if_stranded(request, now_us)]
 
     def _end_if_stranded(self, request: LiveRequest, now_us: int) -> list[object]:
-        role = self._stranded_by(request)
-        return [] if role is None else self._end(request, now_us, error=self._no_worker(role))
+        """A role was given up without which the request cannot go on from where it is."""
+        error = self._absences.error(request) if self._knows(request) else None
+        return [] if error is None else self._end(request.submission, now_us, error=error)
 
-    def _stranded_by(self, request: LiveRequest) -> Role | None:
-        """The role that was given up and without which the request cannot go on from where it is."""
-        return next((role for role in self._lacks(request) if role in self._given_up), None)
-
-    @staticmethod
-    def _lacks(request: LiveRequest) -> Sequence[Role]:
-        if request.stage is Stage.QUEUED:
-            return (Role.PREFILL, Role.DECODE) if request.needs_target else (Role.PREFILL,)
-        seeks = request.stage in (Stage.PREFILL, Stage.RESERVING) and request.target is None
-        return (Role.DECODE,) if seeks and request.needs_target else ()
+    def _on_reset_cache(self) -> list[object]:
+        self._placer.forget_all()
+        return [self._send(worker, reset_cache=pb.ResetCache()) for worker in self.pool if worker.serving]
 
     # -- the controller ------------------------------------------------------------------------------------------------
     def _dial_controller(self) -> list[object]:
@@ -223,24 +231,25 @@ class RouterCore:
         if worker.session is not None:
             self.counters["links_lost", reason] += 1
         worker.session = None
-        self._note_absences(now_us)
+        self._absences.note(now_us)
         worker.redial_us = now_us + limits.REDIAL_DELAY_MS * 1_000
         holders = self._at(worker.id)
         actions = [action for request in holders for action in self._on_holder_lost(request, worker, now_us)]
         worker.prefill_tokens = worker.bound = 0
+        self._placer.forget(worker)
         self.pool.forget_unlisted(worker)
         return actions
 
     def _at(self, worker_id: str) -> list[LiveRequest]:
         """Requests that have a holder there, oldest first."""
-        return [
-            request
-            for request in self._requests.values()
-            if any(place is not None and place.worker == worker_id for place in (request.source, request.target))
-        ]
+        return [request for request in self._requests.values() if request.is_at(worker_id)]
 
     def _on_holder_lost(self, request: LiveRequest, worker: Worker, now_us: int) -> list[object]:
         """Bind again if the whole KV still has a holder; otherwise start over from prompt + emitted tokens."""
+        if not (self._knows(request) and request.is_at(worker.id)):
+            return []  # the loss of a sibling, or of its group, has moved or ended it
+        if request.stage is Stage.FORKED:
+            return self._restart_forks(request, now_us)
         target_lost = request.target is not None and request.target.worker == worker.id
         source_lost = request.source is not None and request.source.worker == worker.id
         if target_lost and request.source is not None and not source_lost:
@@ -266,10 +275,12 @@ class RouterCore:
                 return self._on_tokens(worker, envelope.tokens, now_us)
             case "status":
                 self.pool.on_status_untrusted(worker, envelope.status)
-                self._note_absences(now_us)
+                self._absences.note(now_us)
                 return []
             case "first_token":
                 return self._on_first_token(worker, envelope.first_token, now_us)
+            case "prompt_scored":
+                return self._on_prompt_scored(worker, envelope.prompt_scored, now_us)
             case "near_turn":
                 return self._on_near_turn(worker, envelope.near_turn, now_us)
             case "reserved":
@@ -287,54 +298,35 @@ class RouterCore:
     # -- admission and the queue ---------------------------------------------------------------------------------------
     def _on_submit(self, submit: Submit, now_us: int) -> list[object]:
         deadline_ms = min(submit.deadline_ms or self.config.deadline_ms, limits.REQUEST_DEADLINE_MS_MAX)
-        request = LiveRequest(self._next_id, submit, now_us, now_us + deadline_ms * 1_000)
-        refusal = self._refusal(request)
+        submission = Submission(self._arrivals + 1, submit, now_us, now_us + deadline_ms * 1_000)
+        request = LiveRequest(0, submission, tuple(range(submit.choices)))
+        refusal = self._admission.refusal(request)
         if refusal is not None:
             self.counters["rejections", refusal.status.value] += 1
-            return [Ended(key=submit.key, error=refusal, stats=request.stats)]
-        self._next_id += 1
-        self._requests[request.id] = request
-        self._by_key[submit.key] = request
-        heapq.heappush(self._deadlines, (request.deadline_us, request.id))
-        self._enqueue(request)
+            return [Ended(key=submit.key, error=refusal, stats=submission.stats)]
+        self._arrivals += 1
+        self._submissions[submit.key] = submission
+        self._admission.choices += submit.choices
+        self.counters["requests_by_n", str(submit.choices)] += 1
+        submission.stats.attempts = 1
+        heapq.heappush(self._deadlines, (submission.deadline_us, submit.key))
+        whole = not request.is_group or self._admission.fits(request)
+        for part in [request] if whole else self._divided(request):
+            self._enqueue(self._adopt(part))
         return []
 
-    def _refusal(self, request: LiveRequest) -> TriptychError | None:
-        if not self.admitting:
-            return Unavailable("shutting down", retry_after_ms=limits.RETRY_AFTER_MS)
-        if (role := self._stranded_by(request)) is not None:
-            return self._no_worker(role)
-        tokens = len(request.token_ids) + request.submit.sampling.max_tokens
-        tokens_max = self.pool.max_model_len
-        if tokens > tokens_max:
-            text = f"prompt: {tokens} tokens with max_tokens; the workers' KV memory holds {tokens_max} of one request"
-            return InvalidArgument(text, field="prompt")
-        if len(self._requests) >= self.config.requests_max:
-            text = f"too many requests in flight (limit {self.config.requests_max})"
-            return ResourceExhausted(text, retry_after_ms=limits.RETRY_AFTER_MS)
-        if self._queued_tokens + len(request.token_ids) > self.config.queued_tokens_max and self._queue:
-            text = f"too many prompt tokens waiting (limit {self.config.queued_tokens_max})"
-            return ResourceExhausted(text, retry_after_ms=limits.RETRY_AFTER_MS)
-        return None
-
     def _enqueue(self, request: LiveRequest) -> None:
-        """In order of submission: one that comes back finds its old place in line (reliability A3)."""
         self._enter(request, Stage.QUEUED)
-        self._queued_tokens += len(request.token_ids)
-        self._queue.insert(bisect(self._queue, request.id, key=lambda queued: queued.id), request)
-
-    def _dequeue(self, request: LiveRequest) -> None:
-        self._queue.remove(request)
-        self._queued_tokens -= len(request.token_ids)
+        self._queue.put(request)
 
     def _place_queued(self, now_us: int) -> list[object]:
         """Send the queue's head to prefill workers while there are any. A worker's own queue is its business."""
         actions: list[object] = []
-        workers = self.pool.holding(Role.PREFILL)
-        while self._queue and (choice := choose_prefill(workers, avoid=self._queue[0].failed_at)) is not None:
-            request = self._queue[0]
-            self._dequeue(request)
+        while self._queue and (choice := self._placer.prefill(self._queue.head)) is not None:
+            request = self._queue.head
+            self._queue.remove(request)
             self.counters["placements", f"prefill_{choice.reason}"] += 1
+            request.prefill_load_tokens = choice.missing_tokens
             actions.append(self._prefill_at(request, choice.worker, now_us))
         return actions
 
@@ -342,27 +334,40 @@ class RouterCore:
         self._enter(request, Stage.PREFILL)
         request.source = Placement(worker.id, request.next_attempt())
         request.context_tokens = len(request.token_ids)
-        request.stats.prefill_worker = worker.id
-        request.prefill_load_tokens = request.context_tokens
+        request.codec = ""
+        request.submission.stats.prefill_worker = worker.id
         worker.prefill_tokens += request.prefill_load_tokens
-        prefill = pb.Prefill(
-            request=request.id,
-            attempt=request.source.attempt,
-            token_ids=request.token_ids,
-            prompt_tokens=len(request.submit.token_ids),
-            sampling=sampling_to_wire(request.submit.sampling),
-            deadline_ms=self._remaining_ms(request, now_us),
-            tenant=request.submit.tenant,
-        )
+        self._placer.prompt_sent(request, worker)
+        prefill = worker_messages.prefill(request, deadline_ms=self._remaining_ms(request, now_us))
         return self._send(worker, prefill=prefill)
+
+    def _on_prompt_scored(self, worker: Worker, message: pb.PromptScored, now_us: int) -> list[object]:
+        request = self._from_source(worker, message)
+        if request is None:
+            return []
+        scores = scores_from_wire_untrusted(message)
+        submission = request.submission
+        if message.start + len(scores) > len(request.submit.token_ids):
+            raise FrameError("length")
+        fresh = submission.new_scores(message.start, scores)
+        if fresh is None:
+            self.counters["token_gaps", ""] += 1
+            return self._restart(request, now_us)
+        start = submission.scored_tokens - len(fresh)
+        actions: list[object] = [PromptScored(request.submit.key, start, fresh)] if fresh else []
+        seeks = submission.scored and request.stage is Stage.PREFILL and request.needs_target
+        return [*actions, *self._seek_target(request, now_us)] if seeks else actions
 
     # -- late binding --------------------------------------------------------------------------------------------------
     def _on_near_turn(self, worker: Worker, message: pb.NearTurn, now_us: int) -> list[object]:
         request = self._from_source(worker, message)
         if request is None or request.stage is not Stage.PREFILL:
             return []
-        request.mark("near_turn", now_us)
-        if not request.needs_target:
+        request.submission.note_cached(message.cached_tokens)
+        request.submission.mark("near_turn", now_us)
+        if not (request.needs_target and request.submission.scored):
+            # Scores come before tokens. Over another link a target's token 0 could be faster than the source's last
+            # scores, so a prompt is bound once it is scored (`_on_prompt_scored`).
             return []
         return self._seek_target(request, now_us)
 
@@ -378,7 +383,7 @@ class RouterCore:
         source = self.pool.get(request.source.worker)
         assert source is not None
         refused = request.refused | {source.id} if request.moving else request.refused
-        choice = choose_decode(self.pool.holding(Role.DECODE), source=source, refused=refused)
+        choice = self._placer.decode(request, source, refused)
         if choice is None and request.moving:
             # A move never waits (DESIGN 1): the giver's columns are what others there wait for, and two givers that
             # waited for each other would wait for ever. Its prefix is computed again instead; nothing was lost.
@@ -388,64 +393,40 @@ class RouterCore:
             return self._end_if_stranded(request, now_us)
         self.counters["placements", f"decode_{choice.reason}"] += 1
         request.target = Placement(choice.worker.id, request.next_attempt())
-        request.stats.decode_worker = choice.worker.id
+        request.submission.stats.decode_worker = choice.worker.id
         choice.worker.bound += 1
+        if request.is_group:
+            request.children = {each: self._mint_id() for each in request.choices}
         if choice.worker is source:
-            return [self._bind_local(request, source)]
+            return self._bind_local(request, source)
         return [self._reserve(request, choice.worker, now_us)]
 
-    def _bind_local(self, request: LiveRequest, source: Worker) -> Send:
+    def _bind_local(self, request: LiveRequest, source: Worker) -> list[object]:
         """The source decodes too: one sequence under two attempt numbers, until token 0 has been heard from either."""
-        assert request.source is not None and request.target is not None
+        bind = self._send(source, bind=worker_messages.bind_local(request))
+        if request.is_group:
+            return [bind, *self._fork(request)]
         self._enter(request, Stage.DECODE)
-        bind = pb.Bind(
-            request=request.id,
-            attempt=request.source.attempt,
-            target_attempt=request.target.attempt,
-            target=source.id,
-        )
-        return self._send(source, bind=bind)
+        return [bind]
 
     def _reserve(self, request: LiveRequest, worker: Worker, now_us: int) -> Send:
-        assert request.target is not None
-        reserve = pb.Reserve(
-            request=request.id,
-            attempt=request.target.attempt,
-            epoch=worker.info.epoch,
-            schema_digest=worker.info.schema_digest,
-            token_ids=request.token_ids[: request.context_tokens],
-            prompt_tokens=len(request.submit.token_ids),
-            sampling=sampling_to_wire(request.submit.sampling),
-            deadline_ms=self._remaining_ms(request, now_us),
-            tenant=request.submit.tenant,
-        )
+        request.codec = self._placer.codec(request, worker)
+        reserve = worker_messages.reserve(request, worker, deadline_ms=self._remaining_ms(request, now_us))
         return self._send(worker, reserve=reserve)
 
     def _on_reserved(self, worker: Worker, message: pb.Reserved, now_us: int) -> list[object]:
         request = self._from_target(worker, message)
         if request is None or request.stage is not Stage.RESERVING:
             return []
-        assert request.source is not None and request.target is not None
+        if message.skip_tokens > request.context_tokens:
+            raise FrameError("length")
+        assert request.source is not None
         source = self.pool.get(request.source.worker)
         assert source is not None
         self._enter(request, Stage.TRANSFER)
-        bind = pb.Bind(
-            request=request.id,
-            attempt=request.source.attempt,
-            target_attempt=request.target.attempt,
-            target=worker.id,
-            target_address=worker.info.address,
-            transfer_id=message.transfer_id,
-            target_epoch=message.epoch,
-            skip_tokens=message.skip_tokens,
-            codec=self._codec(request, worker),
-        )
-        return [self._send(source, bind=bind)]
-
-    def _codec(self, request: LiveRequest, target: Worker) -> str:
-        """What was asked for, if the target reads it: a missing codec is never an error (DESIGN 2.6)."""
-        wanted = request.submit.codec or self.config.codec
-        return wanted if wanted in target.info.codecs else "raw"
+        if not request.moving:
+            request.submission.stats.skipped_tokens = min(message.skip_tokens, len(request.submit.token_ids))
+        return [self._send(source, bind=worker_messages.bind(request, worker, message))]
 
     def _on_refused(self, worker: Worker, message: pb.Refused, now_us: int) -> list[object]:
         request = self._from_target(worker, message)
@@ -455,8 +436,8 @@ class RouterCore:
             raise FrameError("refusal")
         self.counters["reservations_refused", pb.Refusal.Name(message.reason).lower()] += 1
         if message.reason == pb.INVALID:
-            return self._end(request, now_us, error=Internal("a decode worker found the request invalid"))
-        worker.bound = max(0, worker.bound - 1)
+            return self._end(request.submission, now_us, error=Internal("a decode worker found the request invalid"))
+        self._unbind(request)
         request.target = None
         request.refused.add(worker.id)
         return self._choose_target(request, now_us)
@@ -466,60 +447,134 @@ class RouterCore:
         request = self._from_source(worker, message)
         if request is None:
             return []
-        finish = finish_from_wire_untrusted(message.finish)
+        token = first_token_from_wire_untrusted(message)
+        if token.choice not in request.choices:
+            raise FrameError("choice")
         if request.submit.sampling.max_tokens == 0:
-            return self._end(request, now_us, finish=FinishReason.LENGTH)
-        return self._forward(request, message.position, [message.token_id], finish, now_us)
+            return self._end(request.submission, now_us, finish=FinishReason.LENGTH)
+        if request.stage is Stage.FORKED:
+            child = request.forks.get(token.choice)
+            return [] if child is None else self._forward(child, token.choice, token, now_us)
+        return self._forward(request, token.choice, token, now_us)
 
     def _on_tokens(self, worker: Worker, message: pb.Tokens, now_us: int) -> list[object]:
-        columns = (message.requests, message.attempts, message.positions, message.token_ids, message.finishes)
-        if len({len(column) for column in columns}) != 1:
-            raise FrameError("length")
-        if not FINISH_REASONS.keys() >= set(message.finishes):
-            raise FrameError("finish")
         actions: list[object] = []
-        for request_id, attempt, position, token_id, finish in zip(*columns, strict=True):
+        for request_id, attempt, token in tokens_from_wire_untrusted(message):
             request = self._requests.get(request_id)
-            if request is None or request.target != Placement(worker.id, attempt):
+            if request is None or request.is_group or request.target != Placement(worker.id, attempt):
                 self.counters["stale_tokens", ""] += 1
                 continue
-            actions += self._forward(request, position, [token_id], FINISH_REASONS[finish], now_us)
+            actions += self._forward(request, request.choice, token, now_us)
         return actions
 
-    def _forward(
-        self, request: LiveRequest, position: int, token_ids: list[int], finish: FinishReason | None, now_us: int
-    ) -> list[object]:
-        """Position n once, in order. A repeat is welcome news twice; a gap means that something was lost."""
-        self._unload_prefill(request)
-        expected = len(request.emitted)
-        if position < expected:
+    def _forward(self, request: LiveRequest, choice: int, token: SampledToken, now_us: int) -> list[object]:
+        """Position n of a choice once, in order. A repeat is welcome news twice; a gap means that something was lost
+        (a token without the log-probabilities that were asked for is no better)."""
+        self._unload_prefill(request.group or request)
+        submission = request.submission
+        output = submission.outputs[choice]
+        if token.position < len(output) or choice in submission.finishes:
             return []
-        if position > expected:
+        asked = submission.submit.sampling.logprobs is not None
+        if token.position > len(output) or (asked and token.logprobs is None):
             self.counters["token_gaps", ""] += 1
             return self._restart(request, now_us)
-        request.mark("token", now_us)
-        request.emitted += token_ids
-        ready = TokensReady(request.submit.key, tuple(token_ids))
-        if finish is None:
-            return [ready]
-        return [ready, *self._end(request, now_us, finish=finish)]
+        submission.mark("token", now_us)
+        output.append(token.token_id)
+        logprobs = (token.logprobs,) if asked and token.logprobs is not None else ()
+        ready = TokensReady(submission.submit.key, (token.token_id,), choice, token.finish, logprobs)
+        if (group := self._leave_group(request)) is not None:
+            self._disband(group)
+        return [ready, *(self._finish(request, choice, token.finish, now_us) if token.finish else ())]
+
+    def _finish(self, request: LiveRequest, choice: int, finish: FinishReason, now_us: int) -> list[object]:
+        """One choice is over, and well. With the last one all is. In a group it is only noted: the others go on."""
+        if not request.is_group:
+            self._placer.output_ended(request)
+        submission = request.submission
+        submission.finishes[choice] = finish
+        if submission.over:
+            return self._end(submission, now_us, finish=finish)
+        return [] if request.is_group else self._drop(request)
+
+    def _on_stop(self, key: int, choice: int, now_us: int) -> list[object]:
+        submission = self._submissions.get(key)
+        if submission is None or choice in submission.finishes:
+            return []
+        speakers = (r for r in submission.requests.values() if choice in r.choices and r.stage is not Stage.FORKED)
+        request = next(speakers, None)
+        return [] if request is None else self._finish(request, choice, FinishReason.STOP, now_us)
 
     def _on_committed(self, worker: Worker, message: pb.Committed, now_us: int) -> list[object]:
         """The target has everything: the source's loss no longer matters."""
         request = self._from_target(worker, message)
         if request is None or request.stage is not Stage.TRANSFER:
             return []
-        self._enter(request, Stage.DECODE)
         self._unload_prefill(request)
-        request.source = None
+        self._placer.prompt_received(request, worker)
+        self._note_transfer(request.submission, message, now_us)
         request.moving = False
-        request.mark("committed", now_us)
-        stats = request.stats
+        if request.is_group:
+            return self._fork(request)
+        self._enter(request, Stage.DECODE)
+        request.source = None
+        return []
+
+    def _note_transfer(self, submission: Submission, message: pb.Committed, now_us: int) -> None:
+        submission.mark("committed", now_us)
+        stats = submission.stats
         stats.codec = message.codec
         stats.kv_bytes_raw += message.bytes_raw
         stats.kv_bytes_wire += message.bytes_wire
         self.counters["kv_transfers", message.codec] += 1
-        return []
+
+    # -- groups --------------------------------------------------------------------------------------------------------
+    def _fork(self, group: LiveRequest) -> list[object]:
+        """The group's KV is where it decodes, or will be without a further word: each choice goes on for itself.
+
+        The group keeps its attempt numbers until it is over: a source that is its own target speaks under both.
+        """
+        assert group.target is not None
+        worker = self.pool.get(group.target.worker)
+        assert worker is not None
+        actions: list[object] = []
+        for choice in group.choices:
+            child = group.child(choice)
+            worker.bound += 1
+            if choice in group.submission.finishes:
+                actions += self._abort_at(child.target, child)
+                continue
+            if not group.submission.outputs[choice]:
+                child.group, group.forks[choice] = group, child
+            self._adopt(child)
+        self._enter(group, Stage.FORKED)
+        if not group.forks:
+            self._disband(group)
+        return actions
+
+    def _leave_group(self, child: LiveRequest) -> LiveRequest | None:
+        """The group need not speak for this child any more. Returns the group if there is no other."""
+        group, child.group = child.group, None
+        if group is None:
+            return None
+        del group.forks[child.choice]
+        return None if group.forks or not self._knows(group) else group
+
+    def _disband(self, group: LiveRequest) -> None:
+        """It is over, and its workers know."""
+        self._unbind(group)
+        self._forget(group)
+
+    def _restart_forks(self, group: LiveRequest, now_us: int) -> list[object]:
+        """What became of these at the target only the source could have said: perhaps they ended with token 0."""
+        return [
+            action
+            for child in list(group.forks.values())
+            for action in (self._restart(child, now_us) if self._knows(child) else ())
+        ]
+
+    def _divided(self, group: LiveRequest) -> list[LiveRequest]:
+        return [group.single(self._mint_id(), choice) for choice in group.open_choices]
 
     # -- attempts that end without the request -------------------------------------------------------------------------
     def _on_relocate(self, worker: Worker, message: pb.Relocate, now_us: int) -> list[object]:
@@ -528,7 +583,7 @@ class RouterCore:
             raise FrameError("relocate")
         failed = message.reason == pb.Relocate.TRANSFER_FAILED
         request = self._from_source(worker, message) if failed else self._from_target(worker, message)
-        if request is None:
+        if request is None or request.stage is Stage.FORKED:
             # It holds KV that nobody wants any more. One such: its target committed, and the answer was lost.
             return [self._send(worker, abort=pb.Abort(request=message.request, attempt=message.attempt))]
         if failed:
@@ -537,7 +592,7 @@ class RouterCore:
         if request.stage is not Stage.DECODE or len(message.token_ids) != len(request.token_ids):
             return self._restart(request, now_us)
         self.counters["relocations", pb.Relocate.Reason.Name(message.reason).lower()] += 1
-        worker.bound = max(0, worker.bound - 1)
+        self._unbind(request)
         request.source, request.target = request.target, None
         request.moving = True
         request.context_tokens = len(request.token_ids) - 1  # the last token is pending: sampled, its KV not computed
@@ -550,83 +605,120 @@ class RouterCore:
             return []
         self.counters["attempts_failed", message.reason] += 1
         if message.status == "invalid_argument":
-            return self._end(request, now_us, error=InvalidArgument(f"refused by a worker: {message.reason}"))
-        if message.status == "internal":
-            request.engine_failures += 1
+            return self._end(request.submission, now_us, error=worker_messages.refused_by_worker(message.reason))
+        concerned = list(request.forks.values()) if request.stage is Stage.FORKED else [request]
+        engine_failed = message.status == "internal"
+        return [action for each in concerned for action in self._on_attempt_lost(each, place, engine_failed, now_us)]
+
+    def _on_attempt_lost(
+        self, request: LiveRequest, place: Placement, engine_failed: bool, now_us: int
+    ) -> list[object]:
+        if not self._knows(request):
+            return []  # ended by the loss of a sibling
+        request.engine_failures += engine_failed
         if place == request.target and request.stage in (Stage.RESERVING, Stage.TRANSFER):
             return self._rebind(request, now_us)
-        request.failed_at = worker.id
+        request.failed_at = place.worker
         return self._restart(request, now_us)
 
     def _rebind(self, request: LiveRequest, now_us: int) -> list[object]:
         """The source still holds the whole KV: only the target is sought again."""
         if self._is_spent(request):
-            return self._end(request, now_us, error=self._spent(request))
+            return self._end(request.submission, now_us, error=self._spent(request))
         avoid = request.target.worker if request.target is not None else None
         return [*self._abort_at(request.target, request), *self._seek_target(request, now_us, avoid=avoid)]
 
     def _restart(self, request: LiveRequest, now_us: int) -> list[object]:
         """Nobody certainly holds the KV: prefill prompt + emitted tokens again."""
         if self._is_spent(request):
-            return self._end(request, now_us, error=self._spent(request))
+            return self._end(request.submission, now_us, error=self._spent(request))
         return self._start_over(request, now_us)
 
     def _start_over(self, request: LiveRequest, now_us: int) -> list[object]:
         actions = self._abort_everywhere(request)
         request.moving = False
         request.retry_us = None
-        self._enqueue(request)
-        return [*actions, *self._end_if_stranded(request, now_us)]
+        parts = [request]
+        if request.is_group and any(request.submission.outputs):
+            self._forget(request)
+            parts = [self._adopt(part) for part in self._divided(request)]
+        request.choices = request.open_choices
+        for part in parts:
+            self._enqueue(part)
+        return [*actions, *(action for part in parts for action in self._end_if_stranded(part, now_us))]
 
     def _is_spent(self, request: LiveRequest) -> bool:
         request.losses += 1
-        return request.losses >= self.config.attempts_max or request.engine_failures >= limits.ENGINE_FAILURES_MAX
+        spent = request.losses >= self.config.attempts_max or request.engine_failures >= limits.ENGINE_FAILURES_MAX
+        request.submission.stats.attempts += not spent
+        return spent
 
     def _spent(self, request: LiveRequest) -> TriptychError:
         text = f"given up after {request.losses} lost placements"
         poisonous = request.engine_failures >= limits.ENGINE_FAILURES_MAX
         return Internal(text) if poisonous else Unavailable(text, retry_after_ms=limits.RETRY_AFTER_MS)
 
-    @staticmethod
-    def _no_worker(role: Role) -> TriptychError:
-        return Unavailable(f"no {role.value} worker is available", retry_after_ms=limits.RETRY_AFTER_MS)
-
     # -- the one ending ------------------------------------------------------------------------------------------------
     def _end(
         self,
-        request: LiveRequest,
+        submission: Submission,
         now_us: int,
         *,
         finish: FinishReason | None = None,
         error: TriptychError | None = None,
     ) -> list[object]:
+        actions: list[object] = []
+        while submission.requests:
+            actions += self._drop(next(iter(submission.requests.values())))
+        del self._submissions[submission.submit.key]
+        self._admission.choices -= submission.submit.choices
+        submission.stats.phase_ms = submission.phases_ms(now_us)
+        return [*actions, Ended(key=submission.submit.key, finish=finish, error=error, stats=submission.stats)]
+
+    def _drop(self, request: LiveRequest) -> list[object]:
+        """Nobody shall work for it any more."""
         if request.stage is Stage.QUEUED:
-            self._dequeue(request)
+            self._queue.remove(request)
         actions = self._abort_everywhere(request)
-        del self._requests[request.id]
-        del self._by_key[request.submit.key]
-        self._seeking.pop(request.id, None)
-        request.stats.attempts = min(1 + request.losses, self.config.attempts_max)
-        request.stats.phase_ms = request.phases_ms(now_us)
-        return [*actions, Ended(key=request.submit.key, finish=finish, error=error, stats=request.stats)]
+        self._forget(request)
+        return actions
 
     def _abort_everywhere(self, request: LiveRequest) -> list[object]:
         """Whoever may hold anything for this request is told to forget it. Told once too often is harmless."""
         actions = [*self._abort_at(request.source, request), *self._abort_at(request.target, request)]
         self._unload_prefill(request)
         request.source = request.target = None
-        return actions
+        group = self._leave_group(request)
+        return [*actions, *self._drop(group)] if group is not None else actions
 
     def _abort_at(self, place: Placement | None, request: LiveRequest) -> list[object]:
         worker = self.pool.get(place.worker) if place is not None else None
         if place is None or worker is None or worker.session is None:
             return []
         if place == request.target:
-            worker.bound = max(0, worker.bound - 1)
-        return [self._send(worker, abort=pb.Abort(request=request.id, attempt=place.attempt))]
+            self._unbind(request)
+        return [self._send(worker, abort=worker_messages.abort(request.id, place.attempt))]
 
     # -- helpers -------------------------------------------------------------------------------------------------------
-    def _from_source(self, worker: Worker, message: pb.NearTurn | pb.FirstToken | pb.Relocate) -> LiveRequest | None:
+    def _mint_id(self) -> int:
+        self._last_id += 1
+        return self._last_id
+
+    def _adopt(self, request: LiveRequest) -> LiveRequest:
+        request.id = request.id or self._mint_id()
+        self._requests[request.id] = request.submission.requests[request.id] = request
+        return request
+
+    def _forget(self, request: LiveRequest) -> None:
+        del self._requests[request.id], request.submission.requests[request.id]
+        self._seeking.pop(request.id, None)
+
+    def _knows(self, request: LiveRequest) -> bool:
+        return self._requests.get(request.id) is request
+
+    def _from_source(
+        self, worker: Worker, message: pb.NearTurn | pb.PromptScored | pb.FirstToken | pb.Relocate
+    ) -> LiveRequest | None:
         """The request this message speaks for, if it comes from the attempt that is its source now."""
         request = self._requests.get(message.request)
         return request if request is not None and request.source == Placement(worker.id, message.attempt) else None
@@ -644,6 +736,12 @@ class RouterCore:
             worker.prefill_tokens = max(0, worker.prefill_tokens - request.prefill_load_tokens)
         request.prefill_load_tokens = 0
 
+    def _unbind(self, request: LiveRequest) -> None:
+        """It no longer counts as load of its target."""
+        worker = self.pool.get(request.target.worker) if request.target is not None else None
+        if worker is not None:
+            worker.bound = max(0, worker.bound - 1)
+
     def _enter(self, request: LiveRequest, stage: Stage) -> None:
         request.stage = stage
         if stage in (Stage.QUEUED, Stage.RESERVING):
@@ -653,7 +751,7 @@ class RouterCore:
 
     @staticmethod
     def _remaining_ms(request: LiveRequest, now_us: int) -> int:
-        return max(1, (request.deadline_us - now_us) // 1_000)
+        return max(1, (request.submission.deadline_us - now_us) // 1_000)
 
     def _send(self, worker: Worker, **body: object) -> Send:
         assert worker.session is not None

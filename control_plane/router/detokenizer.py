@@ -4,7 +4,8 @@ A code point may be split over tokens; a piece never ends inside one. Both detok
 whatever the tokens are: the obvious alternative (`tokenizers.DecodeStream`) decodes everything since the last whole
 code point again for each token, which a model that emits broken bytes turns quadratic, and it drops an incomplete tail.
 
-What does not belong here: which token ends a request (the worker decides), and stop strings.
+What does not belong here: which token ends a request (the worker decides), stop strings (`stop_strings`), and what a
+single token is called in a list of log-probabilities (`Vocabulary.token_text`).
 """
 
 import codecs
@@ -28,8 +29,8 @@ class IncrementalDetokenizer(Protocol):
 class ByteDetokenizer:
     """For vocabularies whose tokens are byte strings: look up, join, decode. Exact and linear.
 
-    `token_bytes[id]` is empty for tokens that have no text (special tokens); `silent_ids` are this request's stop
-    tokens, which end the text without being part of it.
+    `token_bytes[id]` is empty for tokens that have no text (special tokens, unless the client wants to see them);
+    `silent_ids` are this request's stop tokens, which end the text without being part of it.
     """
 
     def __init__(self, token_bytes: Sequence[bytes], silent_ids: frozenset[int] = frozenset()) -> None:
@@ -51,15 +52,23 @@ class WindowDetokenizer:
         tokens   ... | context | open | new      context: its text is out, it only fixes how `open` joins on (spaces)
                       <------ window ----->       open:    no text yet, because it ends inside a code point
 
-    `decode` skips special tokens. An `open` part longer than the window is broken bytes and goes out as U+FFFD.
+    An `open` part longer than the window is broken bytes and goes out as U+FFFD. `prompt`: the tokens before the first;
+    the end of it is the first context, for otherwise an output that begins with a space would lose it.
     """
 
-    def __init__(self, decode: Callable[[list[int]], str], silent_ids: frozenset[int] = frozenset()) -> None:
+    def __init__(
+        self,
+        decode: Callable[[list[int]], str],
+        silent_ids: frozenset[int] = frozenset(),
+        prompt: Sequence[int] = (),
+    ) -> None:
         self._decode = decode
         self._silent_ids = silent_ids
-        self._context: list[int] = []
+        self._context = list(prompt[-WINDOW_TOKENS_MAX:])
         self._open: list[int] = []
-        self._context_text = ""
+        self._context_text = decode(self._context)
+        if REPLACEMENT in self._context_text:  # cut inside a code point: what follows would be measured wrongly
+            self._context, self._context_text = [], ""
 
     def push(self, token_ids: Sequence[int]) -> str:
         return "".join([self._push_one(token) for token in token_ids if token not in self._silent_ids])

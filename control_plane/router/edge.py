@@ -1,35 +1,46 @@
 """The edge's half of a request's life: one `Submit`, its tokens, its one ending; for every client protocol alike.
 
-    HTTP or gRPC handler --open--> Edge --Submit, Cancel--> core
-                         <--next-- RequestStream <--TokensReady, Ended-- core
+    HTTP or gRPC handler --open--> Edge --Submit, Stop, Cancel--> core
+                         <--next-- RequestStream <--PromptScored, TokensReady, Ended-- core
 
 An entry lives from `Submit` until the core's `Ended`, also when its client left long before: only the core knows when
 the workers hold nothing more. A client that does not read costs at most `unread_tokens_max` ids; then its request is
 cancelled. The core never waits for a client (DESIGN section 2, rule 4; reliability C10).
 
-What does not belong here: parsing (`validation`), protocols (`http`, `inference_service`), placement (`core`).
+What does not belong here: parsing (`validation`), reading (`request_stream`), text (`choice`), protocols (`http`,
+`inference_service`), placement (`core`).
 """
 
 import asyncio
 import itertools
 import logging
 import re
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import NamedTuple, Protocol, Self
+from typing import Protocol
 
-from control_plane.router.detokenizer import IncrementalDetokenizer
-from control_plane.router.requests import Cancel, Ended, RequestStats, Submit, TokensReady, WorkerView
+from control_plane.router.choice import Choice
+from control_plane.router.request_stream import RequestStream
+from control_plane.router.requests import (
+    Cancel,
+    Ended,
+    PromptScored,
+    RequestStats,
+    ResetCache,
+    Stop,
+    Submit,
+    TokensReady,
+    WorkerView,
+)
+from control_plane.router.stop_strings import StopMatcher, StopStrings
 from control_plane.router.validation import ValidatedRequest
 from control_plane.router.vocabulary import ModelCard, Vocabulary
 from engine.base import limits
-from engine.base.errors import Cancelled, Internal, InvalidArgument, ResourceExhausted, Status, TriptychError
+from engine.base.errors import Internal, InvalidArgument, ResourceExhausted, Status, TriptychError
 
 log = logging.getLogger("triptych.router")
 
-Deliver = Callable[[Submit | Cancel], None]
+Deliver = Callable[[Submit | Stop | Cancel | ResetCache], None]
 Labels = tuple[tuple[str, str], ...]
 
 
@@ -71,14 +82,6 @@ class Observer(Protocol):
     def slow_reader(self) -> None: ...
 
 
-class Delta(NamedTuple):
-    """What became readable since the last one: tokens, their text, and the ending if this is the last."""
-
-    text: str
-    token_ids: Sequence[int]
-    ended: Ended | None
-
-
 @dataclass(frozen=True, slots=True)
 class Config:
     requests_max: int = limits.ROUTER_REQUESTS_MAX
@@ -103,7 +106,7 @@ class Edge:
     ) -> None:
         self.config = config
         self.card = card
-        self._vocabulary = vocabulary
+        self.vocabulary = vocabulary
         self._deliver = deliver
         self._observer = observer
         self._clock_us = clock_us
@@ -117,6 +120,10 @@ class Edge:
     def in_flight(self) -> int:
         return len(self._live)
 
+    @property
+    def read_grace_ms(self) -> int:
+        return self.config.read_grace_ms
+
     # -- from handlers -------------------------------------------------------------------------------------------------
     def check_room(self) -> None:
         """Raises what `open` would raise. For handlers, before they read a body that nobody will look at."""
@@ -127,12 +134,11 @@ class Edge:
                 f"at most {self.config.requests_max} requests at a time", retry_after_ms=self.config.retry_after_ms
             )
 
-    def open(self, request: ValidatedRequest) -> "RequestStream":
+    def open(self, request: ValidatedRequest) -> RequestStream:
         """Submit a request. Raises `ResourceExhausted`, or what `end_all` was told, before anything is started."""
         self.check_room()
-        stream = RequestStream(
-            self, next(self._keys), self._mint_id(), request, self._detokenizer(request), self._clock_us()
-        )
+        choices = self._choices(request)
+        stream = RequestStream(self, next(self._keys), self._mint_id(), request, choices, self._clock_us())
         self._live[stream.key] = stream  # before `Submit`: the core may refuse it on the spot
         self._keys_by_id[stream.id] = stream.key
         self._deliver(_submit(stream.key, request))
@@ -150,7 +156,16 @@ class Edge:
         field = error.field if isinstance(error, InvalidArgument) else None
         log.info("request refused status=%s field=%s label=%s", error.status.value, word(field or ""), word(label))
 
-    def cancel(self, stream: "RequestStream") -> None:
+    def reset_cache(self) -> None:
+        """Every worker forgets the cached KV that no request holds."""
+        self._deliver(ResetCache())
+
+    def stop(self, stream: RequestStream, choice: int) -> None:
+        """Tell the core that this choice is over, unless the request has ended."""
+        if stream.key in self._live:
+            self._deliver(Stop(stream.key, choice))
+
+    def cancel(self, stream: RequestStream) -> None:
         """Tell the core, unless it has already ended the request. The entry stays until the core's `Ended`."""
         if stream.key in self._live:
             self._deliver(Cancel(stream.key))
@@ -163,185 +178,55 @@ class Edge:
             self._end(stream, Ended(key=stream.key, error=error, stats=RequestStats()))
 
     # -- from the core -------------------------------------------------------------------------------------------------
-    def on_output(self, output: TokensReady | Ended) -> None:
+    def on_output(self, output: TokensReady | PromptScored | Ended) -> None:
         """Take one output of the core. Never blocks, and never calls back into the core."""
         stream = self._live.get(output.key)
         if stream is None:  # only a core that broke its promise says more after `Ended`
             log.warning("output for a request that has ended key=%d", output.key)
         elif isinstance(output, TokensReady):
-            stream.push(output.token_ids, self._clock_us())
+            stream.push(output, self._clock_us())
             if stream.unread_tokens > self.config.unread_tokens_max:
                 self._drop_slow_reader(stream)
+        elif isinstance(output, PromptScored):
+            stream.push_scores(output)
         else:
             self._end(stream, output)
 
-    def _drop_slow_reader(self, stream: "RequestStream") -> None:
+    def _drop_slow_reader(self, stream: RequestStream) -> None:
         self._observer.slow_reader()
         # In the loop's next turn: we are inside the core's step, and `Cancel` is an event of its own.
         asyncio.get_running_loop().call_soon(self.cancel, stream)
         stream.overflow()
 
-    def _end(self, stream: "RequestStream", ended: Ended) -> None:
+    def _end(self, stream: RequestStream, ended: Ended) -> None:
         del self._live[stream.key]
         del self._keys_by_id[stream.id]
         stream.end(ended)
-        record = stream.record(ended, self._clock_us())
+        record = _record(stream, ended, self._clock_us())
         self._observer.request_ended(record)
         log.info("request %s", _log_line(stream, record))
 
-    def _detokenizer(self, request: ValidatedRequest) -> IncrementalDetokenizer:
+    def _choices(self, request: ValidatedRequest) -> list[Choice]:
+        """One per `n`; they share nothing but the stop strings' automaton."""
+        strings = StopStrings(request.stop) if request.stop else None
+        return [
+            Choice(
+                index,
+                request,
+                self.vocabulary.detokenizer(
+                    self._silent_ids(request), skip_special_tokens=request.skip_special_tokens, prompt=request.token_ids
+                ),
+                StopMatcher(strings, include=request.include_stop) if strings is not None else None,
+            )
+            for index in range(request.choices)
+        ]
+
+    def _silent_ids(self, request: ValidatedRequest) -> frozenset[int]:
+        """What ends the text without being part of it; who asks for stop strings in the text gets stop tokens too."""
+        if request.include_stop:
+            return frozenset()
         eos = () if request.sampling.ignore_eos else self.card.eos_token_ids
-        return self._vocabulary.detokenizer(frozenset((*eos, *request.sampling.stop_token_ids)))
-
-
-class RequestStream:
-    """One client's view of its request: `async` reading on one side, the core's pushes on the other.
-
-    One reader. After a `Delta` with `ended` there is nothing more. Leaving the `with` block, however it happens,
-    closes the stream, which cancels the request unless it has ended.
-    """
-
-    __slots__ = (
-        "_closed",
-        "_detokenizer",
-        "_edge",
-        "_ended",
-        "_first_us",
-        "_last_us",
-        "_on_overflow",
-        "_opened_us",
-        "_second_us",
-        "_unread",
-        "_wakeup",
-        "completion_tokens",
-        "id",
-        "key",
-        "request",
-    )
-
-    def __init__(
-        self,
-        edge: Edge,
-        key: int,
-        id: str,
-        request: ValidatedRequest,
-        detokenizer: IncrementalDetokenizer,
-        opened_us: int,
-    ) -> None:
-        self.key = key
-        self.id = id
-        self.request = request
-        self.completion_tokens = 0
-        self._on_overflow: Callable[[], None] | None = None
-        self._edge = edge
-        self._detokenizer = detokenizer
-        self._unread: list[int] = []
-        self._ended: Ended | None = None
-        self._closed = False
-        self._wakeup: asyncio.Future[None] | None = None
-        self._opened_us = opened_us
-        self._first_us: int | None = None
-        self._second_us: int | None = None
-        self._last_us = opened_us
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close("client disconnected")
-
-    # -- the reader's side ---------------------------------------------------------------------------------------------
-    async def next(self) -> Delta:
-        """Everything since the last call, in one piece: a reader that fell behind catches up in one step."""
-        if not self._unread and self._ended is None:
-            self._wakeup = asyncio.get_running_loop().create_future()
-            try:
-                await self._wakeup
-            finally:
-                self._wakeup = None
-        token_ids, self._unread = self._unread, []
-        text = self._detokenizer.push(token_ids)
-        if self._ended is not None:
-            text += self._detokenizer.finish()
-        return Delta(text, token_ids, self._ended)
-
-    @asynccontextmanager
-    async def patience(self) -> AsyncIterator[None]:
-        """Around everything sent to the client: `TimeoutError` if it does not read.
-
-        One timer per request, not one per token: a send blocks for ever once the client has stopped reading.
-        """
-        patience_ms = self.request.deadline_ms + self._edge.config.read_grace_ms
-        async with asyncio.timeout(patience_ms / 1000) as limit:
-            self._on_overflow = lambda: None if limit.expired() else limit.reschedule(0.0)
-            try:
-                yield
-            finally:
-                self._on_overflow = None
-
-    def close(self, reason: str) -> None:
-        """Stop reading; idempotent. The reader, if it still waits, gets `Cancelled`."""
-        if self._ended is None and not self._closed:
-            self._abandon(reason)
-            self._edge.cancel(self)
-
-    # -- the edge's side -----------------------------------------------------------------------------------------------
-    @property
-    def unread_tokens(self) -> int:
-        return len(self._unread)
-
-    def push(self, token_ids: Sequence[int], now_us: int) -> None:
-        self.completion_tokens += len(token_ids)
-        self._last_us = now_us
-        if self._first_us is None:
-            self._first_us = now_us
-        if self._second_us is None and self.completion_tokens > 1:
-            self._second_us = now_us
-        if not self._closed:
-            self._unread.extend(token_ids)
-            self._wake()
-
-    def end(self, ended: Ended) -> None:
-        if self._ended is None:  # a closed stream has told its reader already
-            self._ended = ended
-            self._wake()
-
-    def overflow(self) -> None:
-        """Too much is unread: forget it, and interrupt a reader that is stuck in sending."""
-        self._abandon("the client does not read")
-        if self._on_overflow is not None:
-            self._on_overflow()
-
-    def record(self, ended: Ended, now_us: int) -> RequestRecord:
-        tokens = self.completion_tokens
-        per_token_us = None
-        if self._first_us is not None and tokens > 1:
-            per_token_us = (self._last_us - self._first_us) / (tokens - 1)
-        return RequestRecord(
-            outcome=_outcome(ended),
-            prompt_tokens=len(self.request.token_ids),
-            output_tokens=tokens,
-            first_us=self._since_opened(self._first_us),
-            second_us=self._since_opened(self._second_us),
-            per_token_us=per_token_us,
-            total_us=now_us - self._opened_us,
-            stats=ended.stats,
-        )
-
-    def _abandon(self, reason: str) -> None:
-        self._closed = True
-        self._unread = []
-        self._ended = Ended(key=self.key, error=Cancelled(reason), stats=RequestStats())
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._wakeup is not None and not self._wakeup.done():
-            self._wakeup.set_result(None)
-
-    def _since_opened(self, at_us: int | None) -> int | None:
-        return None if at_us is None else at_us - self._opened_us
+        return frozenset((*eos, *request.sampling.stop_token_ids))
 
 
 _NOT_A_WORD = re.compile(r"[^A-Za-z0-9._:/-]")
@@ -370,8 +255,31 @@ def _submit(key: int, request: ValidatedRequest) -> Submit:
         key=key,
         token_ids=request.token_ids,
         sampling=request.sampling,
+        tenant=request.tenant,
         deadline_ms=request.deadline_ms,
         codec=request.codec,
+        choices=request.choices,
+        priority=request.priority,
+    )
+
+
+def _record(stream: RequestStream, ended: Ended, now_us: int) -> RequestRecord:
+    def since_opened(at_us: int | None) -> int | None:
+        return None if at_us is None else at_us - stream.opened_us
+
+    longest = max(stream.tokens)  # of choices that run beside each other the time per token is each one's own
+    per_token_us = None
+    if stream.first_us is not None and longest > 1:
+        per_token_us = (stream.last_us - stream.first_us) / (longest - 1)
+    return RequestRecord(
+        outcome=_outcome(ended),
+        prompt_tokens=len(stream.request.token_ids),
+        output_tokens=sum(stream.tokens),
+        first_us=since_opened(stream.first_us),
+        second_us=since_opened(stream.second_us),
+        per_token_us=per_token_us,
+        total_us=now_us - stream.opened_us,
+        stats=ended.stats,
     )
 
 
@@ -390,6 +298,7 @@ def _log_line(stream: RequestStream, record: RequestRecord) -> str:
         "status": record.outcome,
         "prompt_tokens": record.prompt_tokens,
         "output_tokens": record.output_tokens,
+        "cached_tokens": stats.cached_tokens,
         "first_ms": _ms(record.first_us),
         "second_ms": _ms(record.second_us),
         "total_ms": _ms(record.total_us),

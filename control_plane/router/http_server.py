@@ -23,7 +23,7 @@ import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from control_plane.router.http import encode_json, error_value, retry_after
+from control_plane.router.responses import encode_json, error_value, retry_after
 from engine.base import limits
 
 

@@ -6,20 +6,24 @@ same over gRPC as over HTTP. Health follows readiness; reflection describes what
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, Final, NoReturn
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from control_plane.router.edge import Delta, Edge, RequestStream, RouterState, as_ours, public_message, word
-from control_plane.router.requests import RequestStats
+from control_plane.router.choice import Delta
+from control_plane.router.edge import Edge, RouterState, as_ours, public_message, word
+from control_plane.router.request_stream import News, RequestStream
+from control_plane.router.requests import PromptScored, RequestStats
 from control_plane.router.validation import Validator
 from control_plane.wire import inference_pb2 as pb
 from control_plane.wire import inference_pb2_grpc as pb_grpc
 from engine.base import limits
 from engine.base.errors import NotFound, Status, TriptychError
+from engine.types import TokenLogprobs
 
 log = logging.getLogger("triptych.router")
 
@@ -87,17 +91,16 @@ class InferenceService(pb_grpc.InferenceServicer):
             await abort(context, error)
 
     async def _write_deltas(self, stream: RequestStream, context: Context) -> TriptychError | None:
-        completion_tokens = 0
+        answer = ResponseWriter(stream)
         while True:
             try:
-                delta = await stream.next()
+                news = await stream.next()
             except Exception as raised:  # detokenising: a bug fails its own request only (I11)
                 return as_ours(raised)
-            completion_tokens += len(delta.token_ids)
-            if delta.token_ids or (delta.ended and delta.ended.finish):
-                await context.write(response_message(stream, delta, completion_tokens))
-            if delta.ended is not None:
-                return delta.ended.error
+            for response in answer.responses(news):
+                await context.write(response)
+            if news.ended is not None:
+                return news.ended.error
 
 
 class ReadinessHealth(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # the base is untyped
@@ -137,50 +140,98 @@ class ReadinessHealth(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # 
 # -- translation -------------------------------------------------------------------------------------------------------
 def request_fields(request: pb.GenerateRequest) -> dict[str, Any]:
     """The fields that are set, under the names HTTP has for them; so both protocols share checks and error texts."""
-    fields: dict[str, Any] = {"model": request.model or None, "stream": True}
+    fields: dict[str, Any] = {"model": request.model or None}
     prompt = request.WhichOneof("prompt")
     if prompt is not None:
         fields["prompt"] = request.text if prompt == "text" else list(request.tokens.ids)
-    sampling = request.sampling
-    optional = {
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "seed": sampling.seed,
-        "max_tokens": sampling.max_tokens,
-    }
-    fields |= {name: value for name, value in optional.items() if sampling.HasField(name)}
-    fields["stop_token_ids"] = list(sampling.stop_token_ids)
-    fields["ignore_eos"] = sampling.ignore_eos
+    fields |= {name: getattr(request, name) for name in ("add_special_tokens", "cache_salt") if request.HasField(name)}
+    fields["priority"] = request.priority
     if request.deadline_ms:
         fields["triptych"] = {"deadline_ms": request.deadline_ms}
+    return fields | sampling_fields(request.sampling)
+
+
+OPTIONAL: Final = (  # the names are the same over HTTP
+    *("temperature", "top_p", "top_k", "min_p", "seed", "max_tokens", "min_tokens", "n", "logprobs", "prompt_logprobs"),
+    *("frequency_penalty", "presence_penalty", "repetition_penalty", "truncate_prompt_tokens"),
+    *("skip_special_tokens", "include_stop_str_in_output"),
+)
+REPEATED: Final = ("stop", "stop_token_ids", "allowed_token_ids", "bad_words")
+
+
+def sampling_fields(sampling: pb.GenerateSampling) -> dict[str, Any]:
+    fields = {name: getattr(sampling, name) for name in OPTIONAL if sampling.HasField(name)}
+    fields |= {name: list(values) for name in REPEATED if (values := getattr(sampling, name))}
+    fields["ignore_eos"] = sampling.ignore_eos
+    fields["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias.items()}
+    constraint = sampling.WhichOneof("constraint")
+    if constraint is not None:
+        fields["structured_outputs"] = {constraint.removesuffix("_schema"): constraint_value(sampling, constraint)}
     return fields
 
 
-def response_message(stream: RequestStream, delta: Delta, completion_tokens: int) -> pb.GenerateResponse:
-    response = pb.GenerateResponse(
-        id=stream.id,
-        token_ids=delta.token_ids,
-        text=delta.text,
-        prompt_tokens=len(stream.request.token_ids),
-        completion_tokens=completion_tokens,
-    )
-    if delta.ended is not None and delta.ended.finish is not None:
-        response.finish_reason = delta.ended.finish.value
-        response.stats.CopyFrom(stats_message(delta.ended.stats))
-    return response
+def constraint_value(sampling: pb.GenerateSampling, name: str) -> Any:
+    return list(sampling.choice.values) if name == "choice" else getattr(sampling, name)
+
+
+class ResponseWriter:
+    """The messages of one request's answer."""
+
+    def __init__(self, stream: RequestStream) -> None:
+        self._id = stream.id
+        self._request = stream.request
+        self._completion_tokens = [0] * stream.request.choices
+
+    def responses(self, news: News) -> Iterator[pb.GenerateResponse]:
+        for scored in news.scored:
+            yield self._of_prompt(scored)
+        for delta in news.deltas:
+            response = self._of_choice(delta)
+            if delta is news.deltas[-1] and news.ended is not None and news.ended.finish is not None:
+                response.stats.CopyFrom(stats_message(news.ended.stats))
+                response.cached_tokens = news.ended.stats.cached_tokens
+            yield response
+
+    def _of_prompt(self, scored: PromptScored) -> pb.GenerateResponse:
+        ids = self._request.token_ids[scored.start : scored.start + len(scored.logprobs)]
+        input_logprobs = pb.InputLogProbs(start=scored.start, **logprob_lists(ids, scored.logprobs))
+        return pb.GenerateResponse(
+            id=self._id, prompt_tokens=len(self._request.token_ids), input_logprobs=input_logprobs
+        )
+
+    def _of_choice(self, delta: Delta) -> pb.GenerateResponse:
+        self._completion_tokens[delta.choice] += len(delta.token_ids)
+        response = pb.GenerateResponse(
+            id=self._id,
+            index=delta.choice,
+            token_ids=delta.token_ids,
+            text=delta.text,
+            finish_reason=delta.finish.value if delta.finish is not None else "",
+            prompt_tokens=len(self._request.token_ids),
+            completion_tokens=self._completion_tokens[delta.choice],
+        )
+        if delta.logprobs:
+            response.output_logprobs.CopyFrom(pb.OutputLogProbs(**logprob_lists(delta.token_ids, delta.logprobs)))
+        if isinstance(delta.stop, str):
+            response.matched_stop_str = delta.stop
+        elif delta.stop is not None:
+            response.matched_token_id = delta.stop
+        return response
+
+
+def logprob_lists(token_ids: Sequence[int], scores: Sequence[TokenLogprobs]) -> dict[str, Any]:
+    return {
+        "token_logprobs": [score.logprob for score in scores],
+        "token_ids": token_ids,
+        "top_logprobs": [
+            pb.TopLogProbs(values=[logprob for _, logprob in score.top], token_ids=[token for token, _ in score.top])
+            for score in scores
+        ],
+    }
 
 
 def stats_message(stats: RequestStats) -> pb.RequestStats:
-    return pb.RequestStats(
-        prefill_worker=stats.prefill_worker,
-        decode_worker=stats.decode_worker,
-        encode_workers=stats.encode_workers,
-        codec=stats.codec,
-        kv_bytes_raw=stats.kv_bytes_raw,
-        kv_bytes_wire=stats.kv_bytes_wire,
-        attempts=stats.attempts,
-        phase_ms=stats.phase_ms,
-    )
+    return pb.RequestStats(**asdict(stats))
 
 
 async def abort(context: Context, error: TriptychError) -> NoReturn:

@@ -1,16 +1,29 @@
-"""LiveRequest: one accepted request as the router sees it: where it is, and what the client has been given.
+"""LiveRequest: one request as workers know it: which choices it stands for, and where it is.
 
-stage      QUEUED -> PREFILL -> RESERVING <-> TRANSFER -> DECODE -> (ended)
+stage      QUEUED -> PREFILL -> RESERVING <-> TRANSFER -> DECODE -> (over)
 holders    -         source     source        source,     target
                                               target
+
 A loss in a stage that leaves a holder of the whole KV goes back to RESERVING; any other goes back to QUEUED, with
-prompt + emitted tokens as the new prompt. `emitted` is the truth about positions: position n is forwarded once.
+prompt + emitted tokens as the new prompt.
+
+A request of several choices is a *group*: one prompt, one prefill, one transfer. Where it would start to decode it
+forks instead, and each choice is a request of its own from then on:
+
+           QUEUED -> PREFILL -> RESERVING <-> TRANSFER -> FORKED -> (over)
+                                                          |-> DECODE    a child, under an id that the target was told
+                                                          |-> DECODE
+
+What its source still says about a child (its token 0, or that the prefill failed) it says in the group's name. So the
+group stays, FORKED, until every child has been heard of.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from control_plane.router.requests import RequestStats, Submit
+from control_plane.router.requests import Submit
+from control_plane.router.submissions import Submission
 
 
 class Stage(Enum):
@@ -19,6 +32,7 @@ class Stage(Enum):
     RESERVING = "reserving"
     TRANSFER = "transfer"
     DECODE = "decode"
+    FORKED = "forked"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,24 +46,46 @@ class Placement:
 @dataclass(slots=True)
 class LiveRequest:
     id: int
-    submit: Submit
-    submitted_us: int
-    deadline_us: int
+    submission: Submission
+    choices: tuple[int, ...]
     stage: Stage = Stage.QUEUED
-    emitted: list[int] = field(default_factory=list)
     source: Placement | None = None
     target: Placement | None = None
+    children: dict[int, int] = field(default_factory=dict)  # a group's: choice -> request id that the target was told
+    forks: "dict[int, LiveRequest]" = field(default_factory=dict)  # a FORKED group's: children not heard of yet
+    group: "LiveRequest | None" = None  # of a child that is not heard of yet: where it came from
     context_tokens: int = 0  # tokens whose KV the source holds, or will
+    codec: str = ""  # that its KV goes, or has come, through
     refused: set[str] = field(default_factory=set)  # targets that said no in this round
     attempts: int = 0  # attempt numbers used; never reused
     losses: int = 0  # placements lost; bounded by ATTEMPTS_MAX
     moving: bool = False  # its source is a decode worker that gives it away
     failed_at: str = ""  # the prefill worker that gave it up last
     engine_failures: int = 0  # workers whose engine failed on it; bounded by ENGINE_FAILURES_MAX
-    prefill_load_tokens: int = 0  # what it adds to its prefill worker's queue, by our count
+    prefill_load_tokens: int = 0  # what it adds to its prefill worker's queue, by our estimate
     retry_us: int | None = None  # when to ask full targets again
-    stats: RequestStats = field(default_factory=RequestStats)
-    marks_us: dict[str, int] = field(default_factory=dict)  # first time of: near_turn, token, committed
+
+    @property
+    def submit(self) -> Submit:
+        return self.submission.submit
+
+    @property
+    def is_group(self) -> bool:
+        return len(self.choices) > 1
+
+    @property
+    def choice(self) -> int:
+        (choice,) = self.choices
+        return choice
+
+    @property
+    def open_choices(self) -> tuple[int, ...]:
+        return tuple(choice for choice in self.choices if choice not in self.submission.finishes)
+
+    @property
+    def emitted(self) -> Sequence[int]:
+        """Output that is part of its context. A group has none: its children will."""
+        return () if self.is_group else self.submission.outputs[self.choice]
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -60,25 +96,28 @@ class LiveRequest:
         """False when token 0 is all there will be: no reservation, no transfer."""
         return self.submit.sampling.max_tokens - len(self.emitted) > 1
 
+    @property
+    def order(self) -> tuple[int, int, int]:
+        """Its place in line."""
+        return self.submit.priority, self.submission.number, self.choices[0]
+
+    def is_at(self, worker_id: str) -> bool:
+        return any(place is not None and place.worker == worker_id for place in (self.source, self.target))
+
     def next_attempt(self) -> int:
         self.attempts += 1
         return self.attempts
 
-    def mark(self, name: str, now_us: int) -> None:
-        self.marks_us.setdefault(name, now_us)
+    # -- groups --------------------------------------------------------------------------------------------------------
+    def child(self, choice: int) -> "LiveRequest":
+        """This choice, decoding where the group's KV is, under the group's attempt number there."""
+        assert self.target is not None
+        child = self.single(self.children[choice], choice)
+        child.stage, child.target, child.attempts = Stage.DECODE, self.target, self.target.attempt
+        child.codec = self.codec
+        return child
 
-    def phases_ms(self, now_us: int) -> dict[str, float]:
-        """Time spent in each phase, as the router saw it:
-
-        submitted --queue--> near_turn --prefill--> token --transfer--> committed --decode--> ended
-        """
-        near_turn = self.marks_us.get("near_turn", now_us)
-        token = self.marks_us.get("token", now_us)
-        committed = max(token, self.marks_us.get("committed", token))
-        return {
-            "queue": (near_turn - self.submitted_us) / 1_000,
-            "encode": 0.0,
-            "prefill": (token - near_turn) / 1_000,
-            "transfer": (committed - token) / 1_000,
-            "decode": (now_us - committed) / 1_000,
-        }
+    def single(self, request_id: int, choice: int) -> "LiveRequest":
+        """This choice alone, nowhere yet, with the group's past: poison does not become harmless by being divided."""
+        past = {"losses": self.losses, "engine_failures": self.engine_failures, "failed_at": self.failed_at}
+        return LiveRequest(request_id, self.submission, (choice,), **past)  # type: ignore[arg-type]

@@ -33,6 +33,12 @@ WORKER_STATES: Final = (  # DESIGN section 7
     *("STARTING", "STANDBY", "SERVING", "QUIESCING", "DRAINING"),
     *("REBINDING", "WARMING", "ROLLING_BACK", "FAILED"),
 )
+HELP: Final = {  # of what `RouterState.counters` names; vLLM's names where it has one
+    "num_preemptions": "Sequences that lost their KV memory to others, at all workers.",
+    "prefix_cache_hits": "Context tokens found in the workers' prefix caches.",
+    "prefix_cache_queries": "Context tokens looked up in the workers' prefix caches.",
+    "requests_by_n": "Accepted requests by how many choices they asked for.",
+}
 US_PER_S: Final = 1_000_000
 OTHER: Final = "other"
 
@@ -96,6 +102,8 @@ class RouterMetrics:
         _observe(self._per_token, record.per_token_us)
         _observe(self._request, record.total_us)
         if record.stats is not None:
+            self._cached_tokens.inc(record.stats.cached_tokens)
+            self._skipped_tokens.inc(record.stats.skipped_tokens)
             self._transferred(record.stats)
 
     def slow_reader(self) -> None:
@@ -121,6 +129,10 @@ class RouterMetrics:
         self._output_tokens = counter("generation_tokens", "Output tokens that reached the edge.")
         self._kv_bytes = counter(
             "kv_transfer_bytes", "KV moved between workers: as it lies in memory, and as sent.", "codec", "stage"
+        )
+        self._cached_tokens = counter("prompt_tokens_cached", "Prompt tokens that no prefill worker had to compute.")
+        self._skipped_tokens = counter(
+            "kv_transfer_skipped_tokens", "Prompt tokens whose KV the decode worker had: they were not sent."
         )
         self._unknown_fields = counter("unknown_fields", "Request fields that nothing here knows.")
         self._slow_readers = counter("slow_readers", "Requests cancelled because the client did not read.")
@@ -161,7 +173,8 @@ class RouterStateCollector(Collector):
         for name, group in groupby(samples, key=lambda sample: sample[0][0]):
             series = list(group)
             label_names = [label for label, _ in series[0][0][1]]
-            family = CounterMetricFamily(_metric_name(name), f"Counted by the core: {name}.", labels=label_names)
+            text = HELP.get(name, f"Counted by the core: {name}.")
+            family = CounterMetricFamily(_metric_name(name), text, labels=label_names)
             for labels, value in self._named(name, series).items():
                 family.add_metric(labels, value)
             yield family
@@ -188,6 +201,7 @@ def _worker_families(workers: Iterable[WorkerView]) -> Iterator[Metric]:
         "worker_requests_waiting": lambda worker: worker.waiting,
         "worker_columns_free": lambda worker: worker.free_columns,
         "worker_columns": lambda worker: worker.total_columns,
+        "worker_columns_cached": lambda worker: worker.cached_columns,
     }
     for name, read in sums.items():
         yield _gauge(name, "Summed over the workers in the router's table.", sum(map(read, workers)))

@@ -1,38 +1,154 @@
-"""Placement: which worker takes a prefill, which one receives its KV. Pure functions of what the pool knows.
+"""Placement: which worker takes a prefill, which one receives its KV.
 
-Least loaded, by what this router itself has sent and not yet seen finished; a status is a heartbeat old, and a burst
-placed on it would all land on one worker. Every choice names its reason, which becomes a metric.
+Load and reuse are weighed in one unit, tokens: those that are ahead of a request at a worker, and those of its own that
+the worker does not have. Load is what this router itself has sent and not yet seen finished; a status is a heartbeat
+old, and a burst placed on it would all land on one worker. What a worker has is the prefix index's estimate.
+
+`choose_*` are pure functions of candidates; `Placer` finds the candidates and tells the index what went where. Every
+choice names its reason, which becomes a metric.
 """
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from control_plane.router.workers import Worker
+from control_plane.router.live_request import LiveRequest
+from control_plane.router.prefix_index import CacheKind, PrefixIndex
+from control_plane.router.workers import Worker, WorkerPool
+from engine.base import limits
 from engine.types import Role
+from kv_transfer.codecs import EXACT, identity_of
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A worker that could take a request, and how many of its tokens the worker would have to compute, or be sent."""
+
+    worker: Worker
+    missing_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
     worker: Worker
-    reason: str  # "only" | "least_loaded" | "local"
+    reason: str  # "only" | "local" | "prefix": load alone would have chosen another | "least_loaded"
+    missing_tokens: int = 0
 
 
-def choose_prefill(workers: Sequence[Worker], *, avoid: str = "") -> Choice | None:
-    """The worker with the fewest prompt tokens ahead of a new one; `avoid` has just failed: it is the last resort."""
-    if not workers:
-        return None
-    chosen = min(workers, key=lambda w: (w.id == avoid, w.prefill_tokens, w.status.running, w.id))
-    return Choice(chosen, "only" if len(workers) == 1 else "least_loaded")
-
-
-def choose_decode(workers: Sequence[Worker], *, source: Worker, refused: Collection[str]) -> Choice | None:
-    """Where the KV goes. Staying costs nothing and wins whenever the source decodes too and has not refused. Where
-    nobody decodes, a source that drains finishes what it has begun: its drain ends no sooner by waiting for others."""
-    workers = workers or ([source] if source.has(Role.DECODE) else [])
-    candidates = [w for w in workers if w.id not in refused and w.info.schema_digest == source.info.schema_digest]
+# -- the rules ---------------------------------------------------------------------------------------------------------
+def choose_prefill(candidates: Sequence[Candidate], *, avoid: str = "") -> Choice | None:
+    """Where the fewest tokens are to be computed before its own last one; `avoid` has just failed: the last resort."""
     if not candidates:
         return None
-    if any(w.id == source.id for w in candidates):
+
+    def cost(candidate: Candidate, missing_tokens: int) -> tuple[bool, int, int, str]:
+        worker = candidate.worker
+        return worker.id == avoid, worker.prefill_tokens + missing_tokens, worker.status.running, worker.id
+
+    chosen = min(candidates, key=lambda c: cost(c, c.missing_tokens))
+    least_loaded = min(candidates, key=lambda c: cost(c, 0))
+    return _choice(chosen, least_loaded, candidates)
+
+
+def choose_decode(candidates: Sequence[Candidate], *, source: Worker, refused: Collection[str]) -> Choice | None:
+    """Where the KV goes. Staying costs nothing and wins whenever the source decodes too and has not refused.
+
+    Else where KV to be sent plus sequences that run there, at DECODE_LOAD_TOKENS each, is least. A worker with half of
+    another one's columns is as loaded by half of its sequences.
+    """
+    candidates = [c for c in candidates if c.worker.id not in refused]
+    if not candidates:
+        return None
+    if any(c.worker.id == source.id for c in candidates):
         return Choice(source, "local")
-    chosen = min(candidates, key=lambda w: (w.bound / max(1, w.info.total_columns), w.bound, w.id))
-    return Choice(chosen, "only" if len(candidates) == 1 else "least_loaded")
+    columns_max = max(c.worker.info.total_columns for c in candidates)
+
+    def cost(candidate: Candidate, missing_tokens: int) -> tuple[float, int, str]:
+        worker = candidate.worker
+        sequences = worker.bound * columns_max / max(1, worker.info.total_columns)
+        return missing_tokens + limits.DECODE_LOAD_TOKENS * sequences, worker.bound, worker.id
+
+    chosen = min(candidates, key=lambda c: cost(c, c.missing_tokens))
+    least_loaded = min(candidates, key=lambda c: cost(c, 0))
+    return _choice(chosen, least_loaded, candidates)
+
+
+def _choice(chosen: Candidate, least_loaded: Candidate, candidates: Sequence[Candidate]) -> Choice:
+    reason = "only" if len(candidates) == 1 else "least_loaded" if chosen is least_loaded else "prefix"
+    return Choice(chosen.worker, reason, chosen.missing_tokens)
+
+
+# -- the router's ------------------------------------------------------------------------------------------------------
+class Placer:
+    """Finds a request's next worker; remembers which blocks it sent to which."""
+
+    def __init__(self, pool: WorkerPool, default_codec: str) -> None:
+        self._pool = pool
+        self._index = PrefixIndex()
+        self._default_codec = default_codec
+
+    def prefill(self, request: LiveRequest) -> Choice | None:
+        tokens = len(request.token_ids)
+        workers = self._pool.holding(Role.PREFILL)
+        return choose_prefill([self._candidate(w, request, tokens, EXACT) for w in workers], avoid=request.failed_at)
+
+    def decode(self, request: LiveRequest, source: Worker, refused: Collection[str]) -> Choice | None:
+        """Where nobody decodes, a source that drains finishes what it has begun: its drain ends no sooner by waiting
+        for others."""
+        workers = self._pool.holding(Role.DECODE) or ([source] if source.has(Role.DECODE) else [])
+        readers = [w for w in workers if w.info.schema_digest == source.info.schema_digest]
+        candidates = [self._candidate(w, request, request.context_tokens, self._identity(request, w)) for w in readers]
+        return choose_decode(candidates, source=source, refused=refused)
+
+    def codec(self, request: LiveRequest, target: Worker) -> str:
+        """What was asked for, if the target reads it: a missing codec is never an error (DESIGN 2.6). KV that moves on
+        is what it was made by its first codec, though it travels raw (DESIGN 2.7)."""
+        if request.moving and request.codec:
+            return request.codec
+        wanted = request.submit.codec or self._default_codec
+        return wanted if wanted in target.info.codecs else "raw"
+
+    # -- what the index is told ----------------------------------------------------------------------------------------
+    def prompt_sent(self, request: LiveRequest, worker: Worker) -> None:
+        """At once, not when it is computed: the next request of a burst shall follow, and will find it there."""
+        hashes = request.submission.hashes.of(_kind(worker, EXACT))
+        self._index.note(worker.id, hashes, columns=worker.info.total_columns)
+
+    def prompt_received(self, request: LiveRequest, worker: Worker) -> None:
+        hashes = request.submission.hashes.of(_kind(worker, _identity_of(request.codec)))
+        self._index.note(worker.id, hashes, columns=worker.info.total_columns)
+
+    def output_ended(self, request: LiveRequest) -> None:
+        """What it decoded stays there: the next turn of a conversation begins with it. Of the last token there is no
+        KV."""
+        worker = self._pool.get(request.target.worker) if request.target is not None else None
+        if worker is not None:
+            kind = _kind(worker, _identity_of(request.codec))
+            hashes = request.submission.hashes.extended(kind, request.emitted[:-1])
+            self._index.note(worker.id, hashes, columns=worker.info.total_columns)
+
+    def forget(self, worker: Worker) -> None:
+        self._index.forget(worker.id)
+
+    def forget_all(self) -> None:
+        self._index.clear()
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+    def _candidate(self, worker: Worker, request: LiveRequest, tokens: int, identity: str) -> Candidate:
+        """At least one token is always computed: a whole prompt from the cache has no logits."""
+        held = max(self._held_tokens(worker, request, each) for each in {EXACT, identity})
+        return Candidate(worker, max(1, tokens - held))
+
+    def _held_tokens(self, worker: Worker, request: LiveRequest, identity: str) -> int:
+        kind = _kind(worker, identity)
+        return kind.block_size * self._index.held_blocks(worker.id, request.submission.hashes.of(kind))
+
+    def _identity(self, request: LiveRequest, target: Worker) -> str:
+        return _identity_of(self.codec(request, target))
+
+
+def _kind(worker: Worker, identity: str) -> CacheKind:
+    return CacheKind(bytes(worker.info.schema_digest), worker.info.block_size_tokens, identity)
+
+
+def _identity_of(codec: str) -> str:
+    return identity_of(codec, 0) if codec else EXACT

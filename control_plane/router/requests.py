@@ -7,13 +7,17 @@ so that the core runs unchanged in the virtual cluster, where no edge exists.
 from dataclasses import dataclass, field
 
 from engine.base.errors import TriptychError
-from engine.types import FinishReason, SamplingParams
+from engine.types import FinishReason, SamplingParams, TokenLogprobs
 
 
 # -- edge -> core --------------------------------------------------------------------------------------------------
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submit:
-    """A validated request. `key` is minted by the edge, never reused. Exactly one `Ended` follows."""
+    """A validated request. `key` is minted by the edge, never reused. Exactly one `Ended` follows.
+
+    `tenant` keys the prefix cache: KV is shared within one tenant and never across two. A client's `cache_salt` is
+    part of it by the time it gets here.
+    """
 
     key: int
     token_ids: tuple[int, ...]
@@ -21,6 +25,8 @@ class Submit:
     tenant: str = ""
     deadline_ms: int = 0
     codec: str = ""  # the router's own choice when empty
+    choices: int = 1  # `n`: they share one prompt, one prefill and one transfer
+    priority: int = 0  # lower is placed and runs earlier
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +36,39 @@ class Cancel:
     key: int
 
 
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """The edge found a stop string in this choice: it is over, and well. With the last one `Ended` follows."""
+
+    key: int
+    choice: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ResetCache:
+    """Every worker forgets the cached KV that no request holds."""
+
+
 # -- core -> edge --------------------------------------------------------------------------------------------------
 @dataclass(frozen=True, slots=True)
 class TokensReady:
-    """The next output tokens of a request, in order, each exactly once."""
+    """The next output tokens of one choice, in order, each exactly once. With `finish` they are its last."""
 
     key: int
     token_ids: tuple[int, ...]
+    choice: int = 0
+    finish: FinishReason | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()  # one per token if they were asked for
+
+
+@dataclass(frozen=True, slots=True)
+class PromptScored:
+    """Log-probabilities of prompt tokens [start, start + len(logprobs)), in order, each exactly once. All of them come
+    before the first `TokensReady`."""
+
+    key: int
+    start: int
+    logprobs: tuple[TokenLogprobs, ...]
 
 
 @dataclass(slots=True)
@@ -50,12 +82,14 @@ class RequestStats:
     kv_bytes_raw: int = 0
     kv_bytes_wire: int = 0
     attempts: int = 0
+    cached_tokens: int = 0  # prompt tokens that the prefill worker did not have to compute
+    skipped_tokens: int = 0  # prompt tokens whose KV the decode worker already had
     phase_ms: dict[str, float] = field(default_factory=dict)  # queue, encode, prefill, transfer, decode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ended:
-    """A request's one ending: `finish` or `error`, never both. Nothing follows."""
+    """A request's one ending: `finish` or `error`, never both. Nothing follows. Of several choices, the last one's."""
 
     key: int
     finish: FinishReason | None = None
@@ -82,3 +116,4 @@ class WorkerView:
     held: int = 0  # sequences whose memory is not released
     lent_columns: int = 0  # columns that a transfer writes into
     tasks: int = 0  # asyncio tasks of its process
+    cached_columns: int = 0  # of the free ones, those that hold reusable KV

@@ -35,7 +35,9 @@ from control_plane.router.validation import Validator
 from control_plane.router.vocabulary import ModelCard, OracleVocabulary, TokenizerVocabulary, Vocabulary
 from engine.base import limits
 from engine.base.asyncio_host import AsyncioHost
-from engine.base.errors import Unavailable
+from engine.base.errors import InvalidArgument, Unavailable
+from engine.grammar import check_constraint
+from engine.types import Constraint
 from kv_transfer.codecs import codecs
 from kv_transfer.transports.grpc import GrpcTransport
 
@@ -48,8 +50,10 @@ GRPC_OPTIONS: Final = (
     ("grpc.max_receive_message_length", limits.MESSAGE_BYTES_MAX),
     ("grpc.so_reuseport", 0),  # two routers on one port must fail, not share its clients
 )
+PREEMPTIONS: Final = "preemptions"  # the workers' name for it
 LABELS: Final[Mapping[str, str]] = {
     "rejections": "reason",
+    "requests_by_n": "n",
     "placements": "choice",
     "links_lost": "reason",
     "sessions_refused": "reason",
@@ -85,6 +89,9 @@ class CoreState:
         counted = dict(self._own())
         for event, count in self._core.pool.events.items():
             counted["worker_events", (("event", event),)] = count
+        counted["num_preemptions", ()] = self._core.pool.events.get(PREEMPTIONS, 0)
+        for name in ("hits", "queries"):
+            counted[f"prefix_cache_{name}", ()] = self._core.pool.prefix_cache[name]
         return counted
 
     def _own(self) -> Iterator[tuple[tuple[str, Labels], float]]:
@@ -166,6 +173,7 @@ class _Router:
             vocabulary=vocabulary,
             draw_seed=lambda: secrets.randbelow(limits.SEED_MAX),
             count_unknown=self._metrics.unknown_fields,
+            check_constraint=check_constraint if model.path is not None else _refuse_constraint,
         )
         self._health = ReadinessHealth(self._state)
         self._quiet = asyncio.Event()  # set when nothing is in flight any more; cleared by who waits for it
@@ -187,7 +195,7 @@ class _Router:
             wall_s=time.time,
             config=http.Config(version=importlib.metadata.version("triptych")),
         )
-        admin = http.admin_app(state=self._state, metrics=self._metrics)
+        admin = http.admin_app(state=self._state, metrics=self._metrics, reset_cache=self._edge.reset_cache)
         for app, port in ((public, listening.public), (admin, listening.admin)):
             server = HttpServer(app, port)
             self._http[server] = asyncio.create_task(server.serve())
@@ -250,6 +258,10 @@ class _Router:
 def _export_tasks(metrics: RouterMetrics) -> None:
     tasks = Gauge("triptych_asyncio_tasks", "Tasks of the router's event loop.", registry=metrics.registry)
     tasks.set_function(lambda: len(asyncio.all_tasks()))
+
+
+def _refuse_constraint(constraint: Constraint) -> None:
+    raise InvalidArgument("constraint: this model's tokens have no text that could be constrained", field="constraint")
 
 
 def _vocabulary(model: ModelChoice) -> Vocabulary:

@@ -3,76 +3,67 @@
 The vocabulary is vLLM's dialect of OpenAI's completions. Three kinds of field:
 
 - served: read, checked, used;
-- known and not served yet (`NOT_SERVED`): accepted only where the value changes nothing; anything else is refused,
-  because answering as if the field were not there would be a wrong answer;
+- known and not served (`NOT_SERVED`): accepted only where the value changes nothing; anything else is refused, because
+  answering as if the field were not there would be a wrong answer;
 - unknown: accepted, counted, and named in the log once, because real clients send them. Not so inside our own
   `triptych` object, where an unknown key is a typo.
 
 No error text repeats what the client sent, except the name of a misspelt `triptych` key. Prompts are never logged.
 
-What does not belong here: HTTP, gRPC, and whether there is room for the request.
+What does not belong here: HTTP, gRPC, whether there is room for the request, and how a group of fields is read
+(`prompt`, `sampling_fields`, `constraint_fields`).
 """
 
 import asyncio
 import difflib
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Final
 
 import msgspec
 
 from control_plane.router import body as bodies
+from control_plane.router.constraint_fields import NamedConstraint, read_constraint
+from control_plane.router.fields import (
+    Fields,
+    boolean,
+    integer,
+    object_or_empty,
+    optional_integer,
+    refuse,
+    strings,
+)
+from control_plane.router.prompt import PromptEncoder, PromptFields
+from control_plane.router.sampling_fields import read_sampling
+from control_plane.router.side_thread import SideThread
 from control_plane.router.vocabulary import ModelCard, Vocabulary
 from engine.base import limits
-from engine.base.errors import DeadlineExceeded, FrameError, InvalidArgument, NotFound, ResourceExhausted
-from engine.types import SamplingParams
+from engine.base.errors import DeadlineExceeded, FrameError, InvalidArgument, NotFound
+from engine.types import Constraint, SamplingParams
 
 log = logging.getLogger("triptych.router")
 
-Fields = Mapping[str, Any]
-
 SERVED: Final = frozenset(
     (
-        *("model", "prompt", "max_tokens", "temperature", "top_p", "seed", "stop_token_ids", "ignore_eos"),
-        *("stream", "stream_options", "triptych", "user"),
+        *("model", "prompt", "max_tokens", "n", "best_of", "stream", "stream_options", "triptych", "user"),
+        *("temperature", "top_p", "top_k", "min_p", "seed", "min_tokens", "ignore_eos", "stop_token_ids"),
+        *("presence_penalty", "frequency_penalty", "repetition_penalty"),
+        *("logit_bias", "allowed_token_ids", "bad_words", "stop", "include_stop_str_in_output"),
+        *("echo", "logprobs", "prompt_logprobs", "return_token_ids", "return_tokens_as_token_ids"),
+        *("skip_special_tokens", "add_special_tokens", "truncate_prompt_tokens"),
+        *("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+        *("priority", "cache_salt"),
     )
 )
 
 NOT_SERVED: Final[Mapping[str, tuple[Any, ...]]] = {
     # field -> values that ask for nothing; null always does
-    "n": (1,),
-    "best_of": (1,),
-    "echo": (False,),
-    "logprobs": (),
-    "prompt_logprobs": (),
     "suffix": ("",),
-    "stop": ("", []),
-    "bad_words": ([],),
-    "logit_bias": ({},),
-    "allowed_token_ids": (),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
     "length_penalty": (1,),
     "use_beam_search": (False,),
-    "top_k": (0, -1),
-    "min_p": (0,),
-    "min_tokens": (0,),
-    "include_stop_str_in_output": (False,),
-    "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
-    "add_special_tokens": (True,),
-    "truncate_prompt_tokens": (),
-    "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": ({},),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
     "tools": ([],),
     "tool_choice": ("none", "auto"),  # without tools
     "functions": ([],),
@@ -81,7 +72,6 @@ NOT_SERVED: Final[Mapping[str, tuple[Any, ...]]] = {
     "kv_transfer_params": ({},),
     "ec_transfer_params": ({},),
     "vllm_xargs": ({},),
-    "cache_salt": (),  # a promise of isolation: never ignore one
 }
 
 KNOWN: Final = SERVED | NOT_SERVED.keys()
@@ -97,6 +87,16 @@ class ValidatedRequest:
     sampling: SamplingParams
     deadline_ms: int = limits.REQUEST_DEADLINE_MS  # what is left of it: reading and checking have had their share
     codec: str = ""  # "": the router chooses
+    tenant: str = ""  # who may share this request's KV: nobody with another one
+    choices: int = 1
+    priority: int = 0  # lower is earlier
+    stop: tuple[str, ...] = ()
+    include_stop: bool = False  # in the text
+    skip_special_tokens: bool = True
+    echo_text: str | None = None  # stands before every choice's text; None: no echo
+    prompt_logprobs: int | None = None  # as a list of its own, beside what `echo` needs
+    return_token_ids: bool = False
+    tokens_as_ids: bool = False  # in lists of log-probabilities: "token_id:5" instead of the token's text
     stream: bool = False
     include_usage: bool = False
     continuous_usage: bool = False
@@ -108,8 +108,13 @@ class Config:
     codecs: tuple[str, ...] = ("raw",)  # that a request may ask for
     inline_characters_max: int = limits.INLINE_CHARACTERS_MAX
     encodes_waiting_max: int = limits.ENCODES_WAITING_MAX
+    constraint_checks_waiting_max: int = limits.CONSTRAINT_CHECKS_WAITING_MAX
     unknown_names_max: int = limits.UNKNOWN_NAMES_MAX
     deadline_ms_default: int = limits.REQUEST_DEADLINE_MS
+
+
+CheckConstraint = Callable[[Constraint], None]
+"""Raises `InvalidArgument`, in bounded time and memory, for a constraint that the engine could not obey."""
 
 
 class UnknownFields:
@@ -132,7 +137,7 @@ class UnknownFields:
 
 
 class Validator:
-    """Checks in order of cost: shape first, then text to ids, then what depends on the number of ids."""
+    """Checks in order of cost: shape first, then text to ids, then what depends on the number of ids, grammars last."""
 
     def __init__(
         self,
@@ -142,6 +147,7 @@ class Validator:
         vocabulary: Vocabulary,
         draw_seed: Callable[[], int],
         count_unknown: Callable[[int], None],
+        check_constraint: CheckConstraint,
         clock_us: Callable[[], int] | None = None,
     ) -> None:
         self.clock_us = clock_us or _loop_us  # whoever takes a request in reads it first: deadlines run from then
@@ -149,12 +155,20 @@ class Validator:
         self._card = card
         self._vocabulary = vocabulary
         self._draw_seed = draw_seed
+        self._check_constraint = check_constraint
         self._unknown = UnknownFields(count_unknown, config.unknown_names_max)
-        self._encoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
-        self._encodes_waiting = 0
+        self._prompts = PromptEncoder(
+            card,
+            vocabulary,
+            inline_characters_max=config.inline_characters_max,
+            waiting_max=config.encodes_waiting_max,
+        )
+        # Not the prompts' thread: a hostile grammar must not stand before other clients' prompts.
+        self._checks = SideThread("check", waiting_max=config.constraint_checks_waiting_max, what="constraints")
 
     def close(self) -> None:
-        self._encoder.shutdown(wait=False, cancel_futures=True)
+        self._prompts.close()
+        self._checks.close()
 
     async def completion(self, body: bytes, *, label: str = "", arrived_us: int | None = None) -> ValidatedRequest:
         """The body of `POST /v1/completions`."""
@@ -170,21 +184,33 @@ class Validator:
         self._unknown.note(sorted(fields.keys() - KNOWN))
         self._check_model(fields)
         refuse_not_served(fields)
-        include_usage, continuous_usage = self._stream_options(fields)
         codec, deadline_ms = self._triptych(fields)
-        prompt = read_prompt(fields)
-        wanted = self._sampling_fields(fields)
-        token_ids = await self._token_ids(prompt, self._left_ms(arrived_us, deadline_ms))
-        return ValidatedRequest(
-            token_ids=token_ids,
-            sampling=SamplingParams(max_tokens=self._max_tokens(fields, len(token_ids)), **wanted),
-            deadline_ms=self._left_ms(arrived_us, deadline_ms),
-            codec=codec,
-            stream=boolean(fields, "stream"),
-            include_usage=include_usage,
-            continuous_usage=include_usage and continuous_usage,
-            label=label,
+        answer = {**self._stream_options(fields), **read_answer(fields), "label": label}
+        prompt_fields = PromptFields.read(fields)
+        constraint = read_constraint(fields)
+        wanted = self._sampling(fields)
+        prompt = await self._prompts.encode(
+            prompt_fields, output_tokens=_asked_tokens(fields), wait_ms=self._left_ms(arrived_us, deadline_ms)
         )
+        request = ValidatedRequest(
+            token_ids=prompt.token_ids,
+            sampling=SamplingParams(
+                max_tokens=self._max_tokens(fields, len(prompt.token_ids)),
+                constraint=constraint.constraint if constraint is not None else None,
+                **wanted,
+            ),
+            codec=codec,
+            echo_text=prompt.echo_text,
+            skip_special_tokens=prompt_fields.skip_special_tokens,
+            **answer,
+        )
+        check_fit(request)
+        await self._check(constraint, self._left_ms(arrived_us, deadline_ms))
+        return replace(request, deadline_ms=self._left_ms(arrived_us, deadline_ms))
+
+    def _sampling(self, fields: Fields) -> dict[str, Any]:
+        card, vocabulary = self._card, self._vocabulary
+        return read_sampling(fields, vocabulary=vocabulary, vocab_size=card.vocab_size, draw_seed=self._draw_seed)
 
     def _left_ms(self, arrived_us: int, deadline_ms: int) -> int:
         left_ms = deadline_ms - (self.clock_us() - arrived_us) // 1_000
@@ -195,17 +221,17 @@ class Validator:
     def _check_model(self, fields: Fields) -> None:
         model = fields.get("model")
         if model is not None and not isinstance(model, str):
-            raise InvalidArgument("model: must be a string", field="model")
+            raise refuse("model", "must be a string")
         if model and model != self._card.name:
             raise NotFound("model: this model is not served here; GET /v1/models lists what is", field="model")
 
-    def _stream_options(self, fields: Fields) -> tuple[bool, bool]:
+    def _stream_options(self, fields: Fields) -> dict[str, bool]:
         options = object_or_empty(fields, "stream_options")
         if options and not boolean(fields, "stream"):
-            raise InvalidArgument("stream_options: needs stream to be true", field="stream_options")
+            raise refuse("stream_options", "needs stream to be true")
         self._unknown.note(f"stream_options.{name}" for name in sorted(options.keys() - set(STREAM_OPTIONS)))
         include_usage, continuous_usage = (boolean(options, name, prefix="stream_options.") for name in STREAM_OPTIONS)
-        return include_usage, continuous_usage
+        return {"include_usage": include_usage, "continuous_usage": include_usage and continuous_usage}
 
     def _triptych(self, fields: Fields) -> tuple[str, int]:
         knobs = object_or_empty(fields, "triptych")
@@ -213,101 +239,98 @@ class Validator:
             raise _misspelt(name)
         codec = knobs.get("codec")
         if codec is not None and codec not in self._config.codecs:
-            names = ", ".join(self._config.codecs)
-            raise InvalidArgument(f"triptych.codec: must be one of: {names}", field="triptych.codec")
-        deadline_ms = integer(
-            knobs,
-            "deadline_ms",
-            self._config.deadline_ms_default,
-            1,
-            limits.REQUEST_DEADLINE_MS_MAX,
-            prefix="triptych.",
-        )
-        return codec or "", deadline_ms
-
-    def _sampling_fields(self, fields: Fields) -> dict[str, Any]:
-        seed_given = fields.get("seed") is not None
-        return {
-            "temperature": number(fields, "temperature", 1.0, 0.0, limits.TEMPERATURE_MAX),
-            "top_p": number(fields, "top_p", 1.0, 0.0, 1.0, low_open=True),
-            "seed": integer(fields, "seed", 0, 0, limits.SEED_MAX) if seed_given else self._draw_seed(),
-            "stop_token_ids": self._stop_token_ids(fields),
-            "ignore_eos": boolean(fields, "ignore_eos"),
-        }
-
-    def _stop_token_ids(self, fields: Fields) -> tuple[int, ...]:
-        ids = fields.get("stop_token_ids")
-        if ids is None:
-            return ()
-        if not isinstance(ids, list):
-            raise InvalidArgument("stop_token_ids: must be a list of token ids", field="stop_token_ids")
-        if len(ids) > limits.STOP_TOKEN_IDS_MAX:
-            message = f"stop_token_ids: at most {limits.STOP_TOKEN_IDS_MAX} ids"
-            raise InvalidArgument(message, field="stop_token_ids")
-        check_token_ids(ids, self._card.vocab_size, field="stop_token_ids")
-        return tuple(ids)
-
-    async def _token_ids(self, prompt: str | list[Any], wait_ms: int) -> tuple[int, ...]:
-        prompt_tokens_max = min(limits.PROMPT_TOKENS_MAX, self._card.max_model_len - 1)
-        token_ids = await self._encode(prompt, prompt_tokens_max, wait_ms) if isinstance(prompt, str) else prompt
-        if not token_ids:
-            raise InvalidArgument("prompt: must hold at least 1 token", field="prompt")
-        if len(token_ids) > prompt_tokens_max:
-            raise self._prompt_too_long(prompt_tokens_max, f"{len(token_ids)}")
-        check_token_ids(token_ids, self._card.vocab_size, field="prompt")
-        return tuple(token_ids)
-
-    def _prompt_too_long(self, tokens_max: int, got: str) -> InvalidArgument:
-        message = (
-            f"prompt: at most {tokens_max} tokens, got {got} "
-            f"(the model's context is {self._card.max_model_len} tokens, prompt and output together)"
-        )
-        return InvalidArgument(message, field="prompt")
-
-    async def _encode(self, text: str, tokens_max: int, wait_ms: int) -> list[int]:
-        """Short prompts here and now; long ones one at a time on a thread of their own (the encoder drops the GIL).
-        Text that cannot fit, whatever it says, is not encoded at all."""
-        per_token_max = self._vocabulary.characters_per_token_max
-        if per_token_max is not None and len(text) > tokens_max * per_token_max:
-            raise self._prompt_too_long(tokens_max, f"{len(text)} characters of text")
-        if len(text) <= self._config.inline_characters_max:
-            return self._vocabulary.encode(text)
-        if self._encodes_waiting >= self._config.encodes_waiting_max:
-            raise ResourceExhausted("too many long prompts at once", retry_after_ms=limits.RETRY_AFTER_MS)
-        self._encodes_waiting += 1
-        try:
-            async with asyncio.timeout(wait_ms / 1000):  # leaving takes a text that still waits out of the queue
-                return await asyncio.get_running_loop().run_in_executor(self._encoder, self._vocabulary.encode, text)
-        except TimeoutError:
-            raise DeadlineExceeded("the request's time ran out while its prompt waited to be encoded") from None
-        finally:
-            self._encodes_waiting -= 1
+            raise refuse("triptych.codec", f"must be one of: {', '.join(self._config.codecs)}")
+        default_ms, most_ms = self._config.deadline_ms_default, limits.REQUEST_DEADLINE_MS_MAX
+        return codec or "", integer(knobs, "deadline_ms", default_ms, 1, most_ms, prefix="triptych.")
 
     def _max_tokens(self, fields: Fields, prompt_tokens: int) -> int:
         """The default shrinks to the room that the prompt leaves; an explicit value that does not fit is refused."""
         room = self._card.max_model_len - prompt_tokens
-        wanted = integer(fields, "max_tokens", min(limits.OUTPUT_TOKENS_DEFAULT, room), 0, limits.OUTPUT_TOKENS_MAX)
+        wanted = _asked_tokens(fields)
+        if fields.get("max_tokens") is None:
+            return min(wanted, room)
         if wanted > room:
-            message = (
-                f"max_tokens: prompt and max_tokens together at most {self._card.max_model_len} tokens, "
+            text = (
+                f"prompt and max_tokens together at most {self._card.max_model_len} tokens, "
                 f"got {prompt_tokens} + {wanted}"
             )
-            raise InvalidArgument(message, field="max_tokens")
+            raise refuse("max_tokens", text)
         return wanted
+
+    async def _check(self, constraint: NamedConstraint | None, wait_ms: int) -> None:
+        """Compiled once here, so that a grammar which nobody can obey is refused before it costs a worker anything."""
+        if constraint is None:
+            return
+        try:
+            await self._checks.run(partial(self._check_constraint, constraint.constraint), wait_ms=wait_ms)
+        except InvalidArgument as error:
+            raise refuse(constraint.field, error.message.removeprefix("constraint: ")) from None
 
 
 def _loop_us() -> int:
     return int(asyncio.get_running_loop().time() * 1_000_000)
 
 
+def _asked_tokens(fields: Fields) -> int:
+    return integer(fields, "max_tokens", limits.OUTPUT_TOKENS_DEFAULT, 0, limits.OUTPUT_TOKENS_MAX)
+
+
 # -- groups of fields --------------------------------------------------------------------------------------------------
-def read_prompt(fields: Fields) -> str | list[Any]:
-    prompt = fields.get("prompt")
-    if prompt is None:
-        raise InvalidArgument("prompt: required", field="prompt")
-    if not isinstance(prompt, str | list):
-        raise InvalidArgument(bodies.ERRORS["prompt_shape"], field="prompt")
-    return prompt
+def _choices(fields: Fields) -> int:
+    choices = integer(fields, "n", 1, 1, limits.CHOICES_MAX)
+    best_of = optional_integer(fields, "best_of", 1, limits.CHOICES_MAX)
+    if best_of not in (None, choices):
+        raise refuse("best_of", "must be the same as n: choices are not ranked here")
+    return choices
+
+
+def read_answer(fields: Fields) -> dict[str, Any]:
+    """What the answer looks like, when it is due, and who may share what it costs."""
+    return {
+        "choices": _choices(fields),
+        "stream": boolean(fields, "stream"),
+        "stop": _stop(fields),
+        "include_stop": boolean(fields, "include_stop_str_in_output"),
+        "prompt_logprobs": optional_integer(fields, "prompt_logprobs", 0, limits.LOGPROBS_MAX),
+        "return_token_ids": boolean(fields, "return_token_ids"),
+        "tokens_as_ids": boolean(fields, "return_tokens_as_token_ids"),
+        "priority": integer(fields, "priority", 0, -limits.PRIORITY_MAX, limits.PRIORITY_MAX),
+        "tenant": _tenant(fields),
+    }
+
+
+def _stop(fields: Fields) -> tuple[str, ...]:
+    """One string or a list of them; the empty string, alone, is none."""
+    stop = fields.get("stop")
+    if isinstance(stop, str):
+        fields = {"stop": [stop] if stop else None}
+    return strings(fields, "stop", limits.STOP_STRINGS_MAX, limits.STOP_STRING_CHARACTERS_MAX)
+
+
+def _tenant(fields: Fields) -> str:
+    """A salt parts its users from everybody else; `user` is a name in the client's own books and parts nobody."""
+    salt = fields.get("cache_salt")
+    if salt is None:
+        return ""
+    if type(salt) is not str or not 1 <= len(salt) <= limits.CACHE_SALT_CHARACTERS_MAX:
+        raise refuse("cache_salt", f"must be a string of 1 to {limits.CACHE_SALT_CHARACTERS_MAX} characters")
+    return f"salt:{salt}"
+
+
+def check_fit(request: ValidatedRequest) -> None:
+    """What depends on several fields at once."""
+    sampling = request.sampling
+    if sampling.min_tokens > sampling.max_tokens:
+        raise refuse("min_tokens", f"must be at most max_tokens, which is {sampling.max_tokens}")
+    lists_of_prompt = (request.choices if request.echo_text is not None else 0) + (request.prompt_logprobs is not None)
+    numbers = 0
+    if sampling.prompt_logprobs is not None:
+        numbers += lists_of_prompt * len(request.token_ids) * (1 + sampling.prompt_logprobs)
+    if sampling.logprobs is not None and not request.stream:
+        numbers += request.choices * sampling.max_tokens * (1 + sampling.logprobs)
+    if numbers > limits.LOGPROBS_PER_ANSWER_MAX:
+        field = "logprobs" if sampling.logprobs is not None else "prompt_logprobs"
+        raise refuse(field, f"at most {limits.LOGPROBS_PER_ANSWER_MAX} log-probabilities in one answer, got {numbers}")
 
 
 def refuse_not_served(fields: Fields) -> None:
@@ -315,55 +338,7 @@ def refuse_not_served(fields: Fields) -> None:
         value = fields.get(name)
         if value is not None and not any(_same(value, neutral) for neutral in neutral_values):
             accepted = ", ".join(msgspec.json.encode(neutral).decode() for neutral in (None, *neutral_values))
-            raise InvalidArgument(f"{name}: not served yet; accepted values: {accepted}", field=name)
-
-
-def check_token_ids(token_ids: list[Any], vocab_size: int, *, field: str) -> None:
-    """Every element an id of the model's. At C speed: a prompt may hold 131072 of them."""
-    if not token_ids:
-        return
-    if set(map(type, token_ids)) != {int} or min(token_ids) < 0 or max(token_ids) >= vocab_size:
-        raise InvalidArgument(f"{field}: token ids must be integers in [0, {vocab_size - 1}]", field=field)
-
-
-# -- single fields; null means the default -----------------------------------------------------------------------------
-def number(fields: Fields, name: str, default: float, low: float, high: float, *, low_open: bool = False) -> float:
-    value = fields.get(name)
-    if value is None:
-        return default
-    inside = type(value) in (int, float) and low <= value <= high and not (low_open and value == low)
-    if not inside:  # NaN is inside nothing
-        bracket = "(" if low_open else "["
-        raise InvalidArgument(f"{name}: must be a number in {bracket}{low:g}, {high:g}]", field=name)
-    return abs(float(value))  # -0.0 is 0.0
-
-
-def integer(fields: Fields, name: str, default: int, low: int, high: int, *, prefix: str = "") -> int:
-    value = fields.get(name)
-    if value is None:
-        return default
-    if type(value) is not int or not low <= value <= high:
-        message = f"{prefix}{name}: must be an integer in [{low}, {high}]"
-        raise InvalidArgument(message, field=prefix + name)
-    return value
-
-
-def boolean(fields: Fields, name: str, *, prefix: str = "") -> bool:
-    value = fields.get(name)
-    if value is None:
-        return False
-    if type(value) is not bool:
-        raise InvalidArgument(f"{prefix}{name}: must be true or false", field=prefix + name)
-    return value
-
-
-def object_or_empty(fields: Fields, name: str) -> dict[str, Any]:
-    value = fields.get(name)
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise InvalidArgument(f"{name}: must be an object", field=name)
-    return value
+            raise refuse(name, f"not served; accepted values: {accepted}")
 
 
 def _same(value: Any, neutral: Any) -> bool:

@@ -6,14 +6,19 @@ no transformers). `OracleVocabulary` serves models that are no models: oracle an
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 from tokenizers import Tokenizer
 
-from control_plane.router.detokenizer import ByteDetokenizer, IncrementalDetokenizer, WindowDetokenizer
+from control_plane.router.detokenizer import (
+    REPLACEMENT,
+    ByteDetokenizer,
+    IncrementalDetokenizer,
+    WindowDetokenizer,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,10 +41,19 @@ class Vocabulary(Protocol):
     def characters_per_token_max(self) -> int | None:
         """No token stands for more characters of a prompt than this; None where nothing of the kind can be said."""
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
 
-    def detokenizer(self, silent_ids: frozenset[int]) -> IncrementalDetokenizer:
-        """A fresh one for one request; `silent_ids` end its text without being part of it."""
+    def detokenizer(
+        self, silent_ids: frozenset[int], *, skip_special_tokens: bool = True, prompt: Sequence[int] = ()
+    ) -> IncrementalDetokenizer:
+        """A fresh one for one choice; `silent_ids` end its text without being part of it. `prompt` comes before it."""
+
+    def token_text(self, token_id: int) -> str:
+        """One token by itself, special tokens included, for lists of log-probabilities.
+
+        Bytes that are no whole text read `bytes:\\xe2\\x80`, as OpenAI's completions had it. vLLM writes U+FFFD for all
+        of them, so that tokens which differ share one key of `top_logprobs` and the likelier ones are lost.
+        """
 
 
 class TokenizerVocabulary:
@@ -55,8 +69,14 @@ class TokenizerVocabulary:
         self._tokenizer.encode_special_tokens = not permit_special_tokens
         self._tokenizer.no_truncation()  # a saved file may carry both; either would change a prompt silently
         self._tokenizer.no_padding()
-        self._token_bytes = self._byte_table(vocab_size) if _is_byte_level(self._tokenizer) else None
-        self.characters_per_token_max = self._longest_token() if self._token_bytes is not None else None
+        self._vocab_size = vocab_size
+        self._token_bytes: list[bytes] | None = None
+        self.characters_per_token_max: int | None = None
+        if _is_byte_level(self._tokenizer):
+            self._token_bytes = self._byte_table()
+            self._ordinary_bytes = self._without_special(self._token_bytes)
+            self.characters_per_token_max = self._longest_token()
+        self._texts: dict[int, str] = {}  # of single tokens; no more of them than there are ids
 
     @classmethod
     def from_model_dir(
@@ -64,17 +84,38 @@ class TokenizerVocabulary:
     ) -> "TokenizerVocabulary":
         return cls(model_dir / "tokenizer.json", vocab_size, permit_special_tokens=permit_special_tokens)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         # The batch call lets go of the GIL, `encode` does not (measured: 10x less progress of other threads).
-        return list(self._tokenizer.encode_batch_fast([text])[0].ids)
+        return list(self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
 
-    def detokenizer(self, silent_ids: frozenset[int]) -> IncrementalDetokenizer:
+    def detokenizer(
+        self, silent_ids: frozenset[int], *, skip_special_tokens: bool = True, prompt: Sequence[int] = ()
+    ) -> IncrementalDetokenizer:
         if self._token_bytes is not None:
-            return ByteDetokenizer(self._token_bytes, silent_ids)
-        return WindowDetokenizer(self._decode, silent_ids)
+            return ByteDetokenizer(self._ordinary_bytes if skip_special_tokens else self._token_bytes, silent_ids)
+        return WindowDetokenizer(self._decode if skip_special_tokens else self._decode_all, silent_ids, prompt)
+
+    def token_text(self, token_id: int) -> str:
+        if self._token_bytes is not None:
+            return _text_of(self._token_bytes[token_id])
+        if token_id not in self._texts:
+            self._texts[token_id] = self._text_after_anchor(token_id)
+        return self._texts[token_id]
 
     def _decode(self, token_ids: list[int]) -> str:
         return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
+
+    def _decode_all(self, token_ids: list[int]) -> str:
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=False))
+
+    def _text_after_anchor(self, token_id: int) -> str:
+        """What the token adds to a text: decoded alone it would lose the space that it begins with."""
+        anchor = self._tokenizer.encode("a", add_special_tokens=False).ids
+        text = self._decode_all([*anchor, token_id])[len(self._decode_all(anchor)) :]
+        if REPLACEMENT not in text:
+            return text
+        byte = _FALLBACK_BYTE.fullmatch(self._tokenizer.id_to_token(token_id) or "")
+        return text if byte is None else _text_of(bytes.fromhex(byte[1]))
 
     def _longest_token(self) -> int | None:
         """Byte-level tokens stand for their own bytes, hence for no more characters than that, unless text is dropped
@@ -85,13 +126,17 @@ class TokenizerVocabulary:
         longest = max(map(len, self._tokenizer.get_vocab(with_added_tokens=True)), default=1)
         return longest if description["normalizer"] is None else COMPOSED_CHARACTERS_MAX * longest
 
-    def _byte_table(self, vocab_size: int) -> list[bytes]:
-        """Bytes of every id; empty for special tokens and for ids that only pad the embedding matrix."""
+    def _byte_table(self) -> list[bytes]:
+        """Bytes of every id; empty for ids that only pad the embedding matrix."""
         alphabet = _byte_alphabet()
         vocab: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
-        table = [b""] * max(vocab_size, max(vocab.values(), default=-1) + 1)
+        table = [b""] * max(self._vocab_size, max(vocab.values(), default=-1) + 1)
         for token, token_id in vocab.items():
             table[token_id] = _token_bytes(token, alphabet)
+        return table
+
+    def _without_special(self, table: list[bytes]) -> list[bytes]:
+        table = list(table)
         for token_id, added in self._tokenizer.get_added_tokens_decoder().items():
             if added.special:
                 table[token_id] = b""
@@ -111,15 +156,31 @@ class OracleVocabulary:
         self.characters_per_token_max: int | None = 10  # a space and nine digits, most of them zeros
         self._token_bytes = [b" %d" % token for token in range(vocab_size)]
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         if self._IDS.fullmatch(text):
             token_ids = [int(word) for word in text.split()]
             if max(token_ids) < self._vocab_size:
                 return token_ids
         return [byte % self._vocab_size for byte in text.encode()]
 
-    def detokenizer(self, silent_ids: frozenset[int]) -> IncrementalDetokenizer:
+    def detokenizer(
+        self, silent_ids: frozenset[int], *, skip_special_tokens: bool = True, prompt: Sequence[int] = ()
+    ) -> IncrementalDetokenizer:
         return ByteDetokenizer(self._token_bytes, silent_ids)
+
+    def token_text(self, token_id: int) -> str:
+        return _text_of(self._token_bytes[token_id])
+
+
+# -- single tokens -----------------------------------------------------------------------------------------------------
+_FALLBACK_BYTE: Final = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+def _text_of(token_bytes: bytes) -> str:
+    try:
+        return token_bytes.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join([f"\\x{byte:02x}" for byte in token_bytes])
 
 
 # -- byte-level tokenizers: GPT-2's printable stand-ins for the 256 bytes ------------------------------------------

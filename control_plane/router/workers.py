@@ -37,6 +37,7 @@ class Worker:
     listed: bool = True  # in the newest table
     status: pb.WorkerStatus = field(default_factory=pb.WorkerStatus)
     events: dict[str, int] = field(default_factory=dict)  # its own counts so far; they outlive a session
+    prefix_cache: dict[str, int] = field(default_factory=dict)  # likewise
     prefill_tokens: int = 0  # sent and not yet prefilled, by our own count: the status is a heartbeat old
     bound: int = 0  # reservations and decodes of ours there
 
@@ -60,6 +61,7 @@ class WorkerPool:
     def __init__(self) -> None:
         self._workers: dict[str, Worker] = {}
         self._events: Counter[str] = Counter()
+        self.prefix_cache: Counter[str] = Counter()  # "hits" and "queries", in tokens, of all workers so far
         self.term = 0
 
     def __iter__(self) -> Iterator[Worker]:
@@ -112,16 +114,18 @@ class WorkerPool:
             raise FrameError("identity")
         worker.status = status
         self._count(worker, dict(status.counters))
+        looked_up = {"hits": status.prefix_hit_tokens, "queries": status.prefix_query_tokens}
+        for name, count in looked_up.items():
+            self.prefix_cache[name] += _growth(worker.prefix_cache.get(name, 0), count)
+        worker.prefix_cache = looked_up
         worker.info.epoch = status.epoch
         worker.info.state = status.state
         del worker.info.roles[:]
         worker.info.roles.extend(status.roles)
 
     def _count(self, worker: Worker, events: dict[str, int]) -> None:
-        """Add what is new. A count below the one before began again at zero."""
         for event, count in events.items():
-            before = worker.events.get(event, 0)
-            self._events[self._event_name(event)] += count - before if count >= before else count
+            self._events[self._event_name(event)] += _growth(worker.events.get(event, 0), count)
         worker.events = events
 
     def _event_name(self, event: str) -> str:
@@ -144,6 +148,16 @@ class WorkerPool:
         """Tokens that one request may have at any worker it could be placed at. Zero in the table: not said."""
         told = (w.info.max_model_len for w in self if w.serving and w.info.max_model_len)
         return min(told, default=limits.PROMPT_TOKENS_MAX)
+
+    def holds_group(self, prompt_tokens: int, choices: int, growth_tokens: int) -> bool:
+        """Whether every decode worker, when empty, has room for one prompt and what each choice adds to it: a copy of
+        the prompt's last block, and growth."""
+        return all(
+            prompt_tokens + choices * (w.info.block_size_tokens + growth_tokens)
+            <= w.info.total_columns * w.info.block_size_tokens
+            for w in self.holding(Role.DECODE)
+            if w.info.block_size_tokens
+        )
 
     @property
     def ready(self) -> bool:
@@ -172,4 +186,10 @@ class WorkerPool:
             held=worker.status.held,
             lent_columns=worker.status.lent_columns,
             tasks=worker.status.tasks,
+            cached_columns=worker.status.cached_columns,
         )
+
+
+def _growth(before: int, count: int) -> int:
+    """What is new in a count. One below the one before began again at zero."""
+    return count - before if count >= before else count

@@ -24,35 +24,47 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"control_plane/wire/inference.proto\x12\x0btriptych.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xca\x01\n\x10GenerateSampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x11\n\x04seed\x18\x03 \x01(\x04H\x02\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x05 \x03(\r\x12\x12\n\nignore_eos\x18\x06 \x01(\x08\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x07\n\x05_seedB\r\n\x0b_max_tokens\"\xbd\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\'\n\x06tokens\x18\x03 \x01(\x0b\x32\x15.triptych.v1.TokenIdsH\x00\x12/\n\x08sampling\x18\x04 \x01(\x0b\x32\x1d.triptych.v1.GenerateSampling\x12\r\n\x05model\x18\x05 \x01(\t\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x06 \x01(\rB\x08\n\x06prompt\"\xb2\x01\n\x10GenerateResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x15\n\rfinish_reason\x18\x04 \x01(\t\x12\x15\n\rprompt_tokens\x18\x05 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x06 \x01(\r\x12(\n\x05stats\x18\x07 \x01(\x0b\x32\x19.triptych.v1.RequestStats\"\x8d\x02\n\x0cRequestStats\x12\x16\n\x0eprefill_worker\x18\x01 \x01(\t\x12\x15\n\rdecode_worker\x18\x02 \x01(\t\x12\x16\n\x0e\x65ncode_workers\x18\x03 \x03(\t\x12\r\n\x05\x63odec\x18\x04 \x01(\t\x12\x14\n\x0ckv_bytes_raw\x18\x05 \x01(\x04\x12\x15\n\rkv_bytes_wire\x18\x06 \x01(\x04\x12\x10\n\x08\x61ttempts\x18\x07 \x01(\r\x12\x38\n\x08phase_ms\x18\x08 \x03(\x0b\x32&.triptych.v1.RequestStats.PhaseMsEntry\x1a.\n\x0cPhaseMsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x1a\n\x0c\x41\x62ortRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\x0f\n\rAbortResponse\"\x15\n\x13GetModelInfoRequest\"P\n\x14GetModelInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r2\xeb\x01\n\tInference\x12I\n\x08Generate\x12\x1c.triptych.v1.GenerateRequest\x1a\x1d.triptych.v1.GenerateResponse0\x01\x12>\n\x05\x41\x62ort\x12\x19.triptych.v1.AbortRequest\x1a\x1a.triptych.v1.AbortResponse\x12S\n\x0cGetModelInfo\x12 .triptych.v1.GetModelInfoRequest\x1a!.triptych.v1.GetModelInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"control_plane/wire/inference.proto\x12\x0btriptych.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x19\n\x07Strings\x12\x0e\n\x06values\x18\x01 \x03(\t\"\xb6\x08\n\x10GenerateSampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x03 \x01(\x04H\x03\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x04 \x01(\rH\x04\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x05 \x03(\r\x12\x12\n\nignore_eos\x18\x06 \x01(\x08\x12\x12\n\x05top_k\x18\x07 \x01(\x05H\x05\x88\x01\x01\x12\x12\n\x05min_p\x18\x08 \x01(\x01H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\t \x01(\x01H\x07\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\n \x01(\x01H\x08\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x0b \x01(\x01H\t\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x0c \x01(\rH\n\x88\x01\x01\x12\x0c\n\x04stop\x18\r \x03(\t\x12 \n\x13skip_special_tokens\x18\x0e \x01(\x08H\x0b\x88\x01\x01\x12\'\n\x1ainclude_stop_str_in_output\x18\x0f \x01(\x08H\x0c\x88\x01\x01\x12\x0e\n\x01n\x18\x10 \x01(\rH\r\x88\x01\x01\x12\x15\n\x08logprobs\x18\x11 \x01(\rH\x0e\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x12 \x01(\rH\x0f\x88\x01\x01\x12@\n\nlogit_bias\x18\x13 \x03(\x0b\x32,.triptych.v1.GenerateSampling.LogitBiasEntry\x12#\n\x16truncate_prompt_tokens\x18\x14 \x01(\x05H\x10\x88\x01\x01\x12\x19\n\x11\x61llowed_token_ids\x18\x15 \x03(\r\x12\x11\n\tbad_words\x18\x16 \x03(\t\x12\x15\n\x0bjson_schema\x18\x17 \x01(\tH\x00\x12\x15\n\x0bjson_object\x18\x18 \x01(\x08H\x00\x12\x0f\n\x05regex\x18\x19 \x01(\tH\x00\x12&\n\x06\x63hoice\x18\x1a \x01(\x0b\x32\x14.triptych.v1.StringsH\x00\x12\x11\n\x07grammar\x18\x1b \x01(\tH\x00\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0c\n\nconstraintB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x07\n\x05_seedB\r\n\x0b_max_tokensB\x08\n\x06_top_kB\x08\n\x06_min_pB\x14\n\x12_frequency_penaltyB\x13\n\x11_presence_penaltyB\x15\n\x13_repetition_penaltyB\r\n\x0b_min_tokensB\x16\n\x14_skip_special_tokensB\x1d\n\x1b_include_stop_str_in_outputB\x04\n\x02_nB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobsB\x19\n\x17_truncate_prompt_tokens\"\xaf\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\'\n\x06tokens\x18\x03 \x01(\x0b\x32\x15.triptych.v1.TokenIdsH\x00\x12/\n\x08sampling\x18\x04 \x01(\x0b\x32\x1d.triptych.v1.GenerateSampling\x12\r\n\x05model\x18\x05 \x01(\t\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x06 \x01(\r\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x07 \x01(\x08H\x01\x88\x01\x01\x12\x10\n\x08priority\x18\x08 \x01(\x05\x12\x17\n\ncache_salt\x18\t \x01(\tH\x02\x88\x01\x01\x42\x08\n\x06promptB\x15\n\x13_add_special_tokensB\r\n\x0b_cache_salt\"\x8a\x03\n\x10GenerateResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x15\n\rfinish_reason\x18\x04 \x01(\t\x12\x15\n\rprompt_tokens\x18\x05 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x06 \x01(\r\x12(\n\x05stats\x18\x07 \x01(\x0b\x32\x19.triptych.v1.RequestStats\x12\r\n\x05index\x18\x08 \x01(\r\x12\x15\n\rcached_tokens\x18\t \x01(\r\x12\x34\n\x0foutput_logprobs\x18\n \x01(\x0b\x32\x1b.triptych.v1.OutputLogProbs\x12\x32\n\x0einput_logprobs\x18\x0b \x01(\x0b\x32\x1a.triptych.v1.InputLogProbs\x12\x1a\n\x10matched_token_id\x18\x0c \x01(\rH\x00\x12\x1a\n\x10matched_stop_str\x18\r \x01(\tH\x00\x42\x0e\n\x0cmatched_stop\"k\n\x0eOutputLogProbs\x12\x16\n\x0etoken_logprobs\x18\x01 \x03(\x02\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12.\n\x0ctop_logprobs\x18\x03 \x03(\x0b\x32\x18.triptych.v1.TopLogProbs\"y\n\rInputLogProbs\x12\r\n\x05start\x18\x01 \x01(\r\x12\x16\n\x0etoken_logprobs\x18\x02 \x03(\x02\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12.\n\x0ctop_logprobs\x18\x04 \x03(\x0b\x32\x18.triptych.v1.TopLogProbs\"0\n\x0bTopLogProbs\x12\x0e\n\x06values\x18\x01 \x03(\x02\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"\xbc\x02\n\x0cRequestStats\x12\x16\n\x0eprefill_worker\x18\x01 \x01(\t\x12\x15\n\rdecode_worker\x18\x02 \x01(\t\x12\x16\n\x0e\x65ncode_workers\x18\x03 \x03(\t\x12\r\n\x05\x63odec\x18\x04 \x01(\t\x12\x14\n\x0ckv_bytes_raw\x18\x05 \x01(\x04\x12\x15\n\rkv_bytes_wire\x18\x06 \x01(\x04\x12\x10\n\x08\x61ttempts\x18\x07 \x01(\r\x12\x38\n\x08phase_ms\x18\x08 \x03(\x0b\x32&.triptych.v1.RequestStats.PhaseMsEntry\x12\x15\n\rcached_tokens\x18\t \x01(\r\x12\x16\n\x0eskipped_tokens\x18\n \x01(\r\x1a.\n\x0cPhaseMsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x1a\n\x0c\x41\x62ortRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\x0f\n\rAbortResponse\"\x15\n\x13GetModelInfoRequest\"P\n\x14GetModelInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r2\xeb\x01\n\tInference\x12I\n\x08Generate\x12\x1c.triptych.v1.GenerateRequest\x1a\x1d.triptych.v1.GenerateResponse0\x01\x12>\n\x05\x41\x62ort\x12\x19.triptych.v1.AbortRequest\x1a\x1a.triptych.v1.AbortResponse\x12S\n\x0cGetModelInfo\x12 .triptych.v1.GetModelInfoRequest\x1a!.triptych.v1.GetModelInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'control_plane.wire.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_GENERATESAMPLING_LOGITBIASENTRY']._loaded_options = None
+  _globals['_GENERATESAMPLING_LOGITBIASENTRY']._serialized_options = b'8\001'
   _globals['_REQUESTSTATS_PHASEMSENTRY']._loaded_options = None
   _globals['_REQUESTSTATS_PHASEMSENTRY']._serialized_options = b'8\001'
   _globals['_TOKENIDS']._serialized_start=51
   _globals['_TOKENIDS']._serialized_end=74
-  _globals['_GENERATESAMPLING']._serialized_start=77
-  _globals['_GENERATESAMPLING']._serialized_end=279
-  _globals['_GENERATEREQUEST']._serialized_start=282
-  _globals['_GENERATEREQUEST']._serialized_end=471
-  _globals['_GENERATERESPONSE']._serialized_start=474
-  _globals['_GENERATERESPONSE']._serialized_end=652
-  _globals['_REQUESTSTATS']._serialized_start=655
-  _globals['_REQUESTSTATS']._serialized_end=924
-  _globals['_REQUESTSTATS_PHASEMSENTRY']._serialized_start=878
-  _globals['_REQUESTSTATS_PHASEMSENTRY']._serialized_end=924
-  _globals['_ABORTREQUEST']._serialized_start=926
-  _globals['_ABORTREQUEST']._serialized_end=952
-  _globals['_ABORTRESPONSE']._serialized_start=954
-  _globals['_ABORTRESPONSE']._serialized_end=969
-  _globals['_GETMODELINFOREQUEST']._serialized_start=971
-  _globals['_GETMODELINFOREQUEST']._serialized_end=992
-  _globals['_GETMODELINFORESPONSE']._serialized_start=994
-  _globals['_GETMODELINFORESPONSE']._serialized_end=1074
-  _globals['_INFERENCE']._serialized_start=1077
-  _globals['_INFERENCE']._serialized_end=1312
+  _globals['_STRINGS']._serialized_start=76
+  _globals['_STRINGS']._serialized_end=101
+  _globals['_GENERATESAMPLING']._serialized_start=104
+  _globals['_GENERATESAMPLING']._serialized_end=1182
+  _globals['_GENERATESAMPLING_LOGITBIASENTRY']._serialized_start=848
+  _globals['_GENERATESAMPLING_LOGITBIASENTRY']._serialized_end=896
+  _globals['_GENERATEREQUEST']._serialized_start=1185
+  _globals['_GENERATEREQUEST']._serialized_end=1488
+  _globals['_GENERATERESPONSE']._serialized_start=1491
+  _globals['_GENERATERESPONSE']._serialized_end=1885
+  _globals['_OUTPUTLOGPROBS']._serialized_start=1887
+  _globals['_OUTPUTLOGPROBS']._serialized_end=1994
+  _globals['_INPUTLOGPROBS']._serialized_start=1996
+  _globals['_INPUTLOGPROBS']._serialized_end=2117
+  _globals['_TOPLOGPROBS']._serialized_start=2119
+  _globals['_TOPLOGPROBS']._serialized_end=2167
+  _globals['_REQUESTSTATS']._serialized_start=2170
+  _globals['_REQUESTSTATS']._serialized_end=2486
+  _globals['_REQUESTSTATS_PHASEMSENTRY']._serialized_start=2440
+  _globals['_REQUESTSTATS_PHASEMSENTRY']._serialized_end=2486
+  _globals['_ABORTREQUEST']._serialized_start=2488
+  _globals['_ABORTREQUEST']._serialized_end=2514
+  _globals['_ABORTRESPONSE']._serialized_start=2516
+  _globals['_ABORTRESPONSE']._serialized_end=2531
+  _globals['_GETMODELINFOREQUEST']._serialized_start=2533
+  _globals['_GETMODELINFOREQUEST']._serialized_end=2554
+  _globals['_GETMODELINFORESPONSE']._serialized_start=2556
+  _globals['_GETMODELINFORESPONSE']._serialized_end=2636
+  _globals['_INFERENCE']._serialized_start=2639
+  _globals['_INFERENCE']._serialized_end=2874
 # @@protoc_insertion_point(module_scope)

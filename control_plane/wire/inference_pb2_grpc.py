@@ -55,7 +55,8 @@ class InferenceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Generate(self, request, context):
-        """Tokens (and text) as they are produced; the last response carries `finish_reason` and `stats`.
+        """Tokens (and text) as they are produced, of all choices. A choice's last response carries `finish_reason`, the very
+        last one `stats`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -45,23 +45,69 @@ class Hello(_message.Message):
     def __init__(self, wire_version: _Optional[int] = ..., kind: _Optional[_Union[Hello.Kind, str]] = ..., sender: _Optional[str] = ...) -> None: ...
 
 class Sampling(_message.Message):
-    __slots__ = ("temperature", "top_p", "seed", "max_tokens", "stop_token_ids", "ignore_eos")
+    __slots__ = ("temperature", "top_p", "seed", "max_tokens", "stop_token_ids", "ignore_eos", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias_ids", "logit_bias_values", "allowed_token_ids", "bad_words", "constraint_kind", "constraint_text", "min_tokens", "logprobs", "prompt_logprobs")
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     TOP_P_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     STOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     IGNORE_EOS_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    MIN_P_FIELD_NUMBER: _ClassVar[int]
+    PRESENCE_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    FREQUENCY_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    REPETITION_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    LOGIT_BIAS_IDS_FIELD_NUMBER: _ClassVar[int]
+    LOGIT_BIAS_VALUES_FIELD_NUMBER: _ClassVar[int]
+    ALLOWED_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    BAD_WORDS_FIELD_NUMBER: _ClassVar[int]
+    CONSTRAINT_KIND_FIELD_NUMBER: _ClassVar[int]
+    CONSTRAINT_TEXT_FIELD_NUMBER: _ClassVar[int]
+    MIN_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     temperature: float
     top_p: float
     seed: int
     max_tokens: int
     stop_token_ids: _containers.RepeatedScalarFieldContainer[int]
     ignore_eos: bool
-    def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., max_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: bool = ...) -> None: ...
+    top_k: int
+    min_p: float
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    logit_bias_ids: _containers.RepeatedScalarFieldContainer[int]
+    logit_bias_values: _containers.RepeatedScalarFieldContainer[float]
+    allowed_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    bad_words: _containers.RepeatedCompositeFieldContainer[TokenList]
+    constraint_kind: str
+    constraint_text: str
+    min_tokens: int
+    logprobs: int
+    prompt_logprobs: int
+    def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., max_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: bool = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., logit_bias_ids: _Optional[_Iterable[int]] = ..., logit_bias_values: _Optional[_Iterable[float]] = ..., allowed_token_ids: _Optional[_Iterable[int]] = ..., bad_words: _Optional[_Iterable[_Union[TokenList, _Mapping]]] = ..., constraint_kind: _Optional[str] = ..., constraint_text: _Optional[str] = ..., min_tokens: _Optional[int] = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ...) -> None: ...
+
+class TokenList(_message.Message):
+    __slots__ = ("ids",)
+    IDS_FIELD_NUMBER: _ClassVar[int]
+    ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class TokenLogprobs(_message.Message):
+    __slots__ = ("logprob", "rank", "top_ids", "top_logprobs")
+    LOGPROB_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    TOP_IDS_FIELD_NUMBER: _ClassVar[int]
+    TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    logprob: float
+    rank: int
+    top_ids: _containers.RepeatedScalarFieldContainer[int]
+    top_logprobs: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, logprob: _Optional[float] = ..., rank: _Optional[int] = ..., top_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Prefill(_message.Message):
-    __slots__ = ("request", "attempt", "token_ids", "prompt_tokens", "sampling", "deadline_ms", "tenant")
+    __slots__ = ("request", "attempt", "token_ids", "prompt_tokens", "sampling", "deadline_ms", "tenant", "choices", "priority")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -69,6 +115,8 @@ class Prefill(_message.Message):
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
+    CHOICES_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
     request: int
     attempt: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -76,10 +124,12 @@ class Prefill(_message.Message):
     sampling: Sampling
     deadline_ms: int
     tenant: str
-    def __init__(self, request: _Optional[int] = ..., attempt: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., deadline_ms: _Optional[int] = ..., tenant: _Optional[str] = ...) -> None: ...
+    choices: _containers.RepeatedScalarFieldContainer[int]
+    priority: int
+    def __init__(self, request: _Optional[int] = ..., attempt: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., deadline_ms: _Optional[int] = ..., tenant: _Optional[str] = ..., choices: _Optional[_Iterable[int]] = ..., priority: _Optional[int] = ...) -> None: ...
 
 class Reserve(_message.Message):
-    __slots__ = ("request", "attempt", "epoch", "schema_digest", "token_ids", "prompt_tokens", "sampling", "deadline_ms", "tenant")
+    __slots__ = ("request", "attempt", "epoch", "schema_digest", "token_ids", "prompt_tokens", "sampling", "deadline_ms", "tenant", "choices", "codec", "priority")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -89,6 +139,9 @@ class Reserve(_message.Message):
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
+    CHOICES_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
     request: int
     attempt: int
     epoch: int
@@ -98,10 +151,21 @@ class Reserve(_message.Message):
     sampling: Sampling
     deadline_ms: int
     tenant: str
-    def __init__(self, request: _Optional[int] = ..., attempt: _Optional[int] = ..., epoch: _Optional[int] = ..., schema_digest: _Optional[bytes] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., deadline_ms: _Optional[int] = ..., tenant: _Optional[str] = ...) -> None: ...
+    choices: _containers.RepeatedCompositeFieldContainer[ChoiceAttempt]
+    codec: str
+    priority: int
+    def __init__(self, request: _Optional[int] = ..., attempt: _Optional[int] = ..., epoch: _Optional[int] = ..., schema_digest: _Optional[bytes] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., deadline_ms: _Optional[int] = ..., tenant: _Optional[str] = ..., choices: _Optional[_Iterable[_Union[ChoiceAttempt, _Mapping]]] = ..., codec: _Optional[str] = ..., priority: _Optional[int] = ...) -> None: ...
+
+class ChoiceAttempt(_message.Message):
+    __slots__ = ("request", "choice")
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    CHOICE_FIELD_NUMBER: _ClassVar[int]
+    request: int
+    choice: int
+    def __init__(self, request: _Optional[int] = ..., choice: _Optional[int] = ...) -> None: ...
 
 class Bind(_message.Message):
-    __slots__ = ("request", "attempt", "target_attempt", "target", "target_address", "transfer_id", "target_epoch", "skip_tokens", "codec")
+    __slots__ = ("request", "attempt", "target_attempt", "target", "target_address", "transfer_id", "target_epoch", "skip_tokens", "codec", "choices")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     TARGET_ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -111,6 +175,7 @@ class Bind(_message.Message):
     TARGET_EPOCH_FIELD_NUMBER: _ClassVar[int]
     SKIP_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CODEC_FIELD_NUMBER: _ClassVar[int]
+    CHOICES_FIELD_NUMBER: _ClassVar[int]
     request: int
     attempt: int
     target_attempt: int
@@ -120,7 +185,8 @@ class Bind(_message.Message):
     target_epoch: int
     skip_tokens: int
     codec: str
-    def __init__(self, request: _Optional[int] = ..., attempt: _Optional[int] = ..., target_attempt: _Optional[int] = ..., target: _Optional[str] = ..., target_address: _Optional[str] = ..., transfer_id: _Optional[bytes] = ..., target_epoch: _Optional[int] = ..., skip_tokens: _Optional[int] = ..., codec: _Optional[str] = ...) -> None: ...
+    choices: _containers.RepeatedCompositeFieldContainer[ChoiceAttempt]
+    def __init__(self, request: _Optional[int] = ..., attempt: _Optional[int] = ..., target_attempt: _Optional[int] = ..., target: _Optional[str] = ..., target_address: _Optional[str] = ..., transfer_id: _Optional[bytes] = ..., target_epoch: _Optional[int] = ..., skip_tokens: _Optional[int] = ..., codec: _Optional[str] = ..., choices: _Optional[_Iterable[_Union[ChoiceAttempt, _Mapping]]] = ...) -> None: ...
 
 class Abort(_message.Message):
     __slots__ = ("request", "attempt")
@@ -134,31 +200,39 @@ class Quiesce(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class ResetCache(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class RouterToWorker(_message.Message):
-    __slots__ = ("sequence", "prefill", "reserve", "bind", "abort", "quiesce")
+    __slots__ = ("sequence", "prefill", "reserve", "bind", "abort", "quiesce", "reset_cache")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     PREFILL_FIELD_NUMBER: _ClassVar[int]
     RESERVE_FIELD_NUMBER: _ClassVar[int]
     BIND_FIELD_NUMBER: _ClassVar[int]
     ABORT_FIELD_NUMBER: _ClassVar[int]
     QUIESCE_FIELD_NUMBER: _ClassVar[int]
+    RESET_CACHE_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     prefill: Prefill
     reserve: Reserve
     bind: Bind
     abort: Abort
     quiesce: Quiesce
-    def __init__(self, sequence: _Optional[int] = ..., prefill: _Optional[_Union[Prefill, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., bind: _Optional[_Union[Bind, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., quiesce: _Optional[_Union[Quiesce, _Mapping]] = ...) -> None: ...
+    reset_cache: ResetCache
+    def __init__(self, sequence: _Optional[int] = ..., prefill: _Optional[_Union[Prefill, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., bind: _Optional[_Union[Bind, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., quiesce: _Optional[_Union[Quiesce, _Mapping]] = ..., reset_cache: _Optional[_Union[ResetCache, _Mapping]] = ...) -> None: ...
 
 class NearTurn(_message.Message):
-    __slots__ = ("request", "attempt", "context_tokens")
+    __slots__ = ("request", "attempt", "context_tokens", "cached_tokens")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     request: int
     attempt: int
     context_tokens: int
-    def __init__(self, request: _Optional[int] = ..., attempt: _Optional[int] = ..., context_tokens: _Optional[int] = ...) -> None: ...
+    cached_tokens: int
+    def __init__(self, request: _Optional[int] = ..., attempt: _Optional[int] = ..., context_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class Reserved(_message.Message):
     __slots__ = ("request", "attempt", "transfer_id", "epoch", "skip_tokens")
@@ -185,18 +259,34 @@ class Refused(_message.Message):
     def __init__(self, request: _Optional[int] = ..., attempt: _Optional[int] = ..., reason: _Optional[_Union[Refusal, str]] = ...) -> None: ...
 
 class FirstToken(_message.Message):
-    __slots__ = ("request", "attempt", "position", "token_id", "finish")
+    __slots__ = ("request", "attempt", "position", "token_id", "finish", "choice", "logprobs")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
     TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     FINISH_FIELD_NUMBER: _ClassVar[int]
+    CHOICE_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     request: int
     attempt: int
     position: int
     token_id: int
     finish: str
-    def __init__(self, request: _Optional[int] = ..., attempt: _Optional[int] = ..., position: _Optional[int] = ..., token_id: _Optional[int] = ..., finish: _Optional[str] = ...) -> None: ...
+    choice: int
+    logprobs: TokenLogprobs
+    def __init__(self, request: _Optional[int] = ..., attempt: _Optional[int] = ..., position: _Optional[int] = ..., token_id: _Optional[int] = ..., finish: _Optional[str] = ..., choice: _Optional[int] = ..., logprobs: _Optional[_Union[TokenLogprobs, _Mapping]] = ...) -> None: ...
+
+class PromptScored(_message.Message):
+    __slots__ = ("request", "attempt", "start", "logprobs")
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    request: int
+    attempt: int
+    start: int
+    logprobs: _containers.RepeatedCompositeFieldContainer[TokenLogprobs]
+    def __init__(self, request: _Optional[int] = ..., attempt: _Optional[int] = ..., start: _Optional[int] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ...) -> None: ...
 
 class Committed(_message.Message):
     __slots__ = ("request", "attempt", "codec", "bytes_raw", "bytes_wire", "transfer_us")
@@ -215,18 +305,20 @@ class Committed(_message.Message):
     def __init__(self, request: _Optional[int] = ..., attempt: _Optional[int] = ..., codec: _Optional[str] = ..., bytes_raw: _Optional[int] = ..., bytes_wire: _Optional[int] = ..., transfer_us: _Optional[int] = ...) -> None: ...
 
 class Tokens(_message.Message):
-    __slots__ = ("requests", "attempts", "positions", "token_ids", "finishes")
+    __slots__ = ("requests", "attempts", "positions", "token_ids", "finishes", "logprobs")
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
     ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
     POSITIONS_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     FINISHES_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     requests: _containers.RepeatedScalarFieldContainer[int]
     attempts: _containers.RepeatedScalarFieldContainer[int]
     positions: _containers.RepeatedScalarFieldContainer[int]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     finishes: bytes
-    def __init__(self, requests: _Optional[_Iterable[int]] = ..., attempts: _Optional[_Iterable[int]] = ..., positions: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., finishes: _Optional[bytes] = ...) -> None: ...
+    logprobs: _containers.RepeatedCompositeFieldContainer[TokenLogprobs]
+    def __init__(self, requests: _Optional[_Iterable[int]] = ..., attempts: _Optional[_Iterable[int]] = ..., positions: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., finishes: _Optional[bytes] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ...) -> None: ...
 
 class Relocate(_message.Message):
     __slots__ = ("request", "attempt", "reason", "token_ids", "target_attempt")
@@ -265,7 +357,7 @@ class AttemptFailed(_message.Message):
     def __init__(self, request: _Optional[int] = ..., attempt: _Optional[int] = ..., status: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("worker", "epoch", "state", "roles", "free_columns", "total_columns", "running", "waiting", "waiting_tokens", "step_us", "attempts", "counters", "lent_columns", "held", "tasks")
+    __slots__ = ("worker", "epoch", "state", "roles", "free_columns", "total_columns", "running", "waiting", "waiting_tokens", "step_us", "attempts", "counters", "lent_columns", "held", "tasks", "cached_columns", "prefix_hit_tokens", "prefix_query_tokens")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -288,6 +380,9 @@ class WorkerStatus(_message.Message):
     LENT_COLUMNS_FIELD_NUMBER: _ClassVar[int]
     HELD_FIELD_NUMBER: _ClassVar[int]
     TASKS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_COLUMNS_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_QUERY_TOKENS_FIELD_NUMBER: _ClassVar[int]
     worker: str
     epoch: int
     state: str
@@ -303,10 +398,13 @@ class WorkerStatus(_message.Message):
     lent_columns: int
     held: int
     tasks: int
-    def __init__(self, worker: _Optional[str] = ..., epoch: _Optional[int] = ..., state: _Optional[str] = ..., roles: _Optional[_Iterable[str]] = ..., free_columns: _Optional[int] = ..., total_columns: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., step_us: _Optional[int] = ..., attempts: _Optional[int] = ..., counters: _Optional[_Mapping[str, int]] = ..., lent_columns: _Optional[int] = ..., held: _Optional[int] = ..., tasks: _Optional[int] = ...) -> None: ...
+    cached_columns: int
+    prefix_hit_tokens: int
+    prefix_query_tokens: int
+    def __init__(self, worker: _Optional[str] = ..., epoch: _Optional[int] = ..., state: _Optional[str] = ..., roles: _Optional[_Iterable[str]] = ..., free_columns: _Optional[int] = ..., total_columns: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., step_us: _Optional[int] = ..., attempts: _Optional[int] = ..., counters: _Optional[_Mapping[str, int]] = ..., lent_columns: _Optional[int] = ..., held: _Optional[int] = ..., tasks: _Optional[int] = ..., cached_columns: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ..., prefix_query_tokens: _Optional[int] = ...) -> None: ...
 
 class WorkerToRouter(_message.Message):
-    __slots__ = ("sequence", "near_turn", "reserved", "refused", "first_token", "committed", "tokens", "relocate", "failed", "status")
+    __slots__ = ("sequence", "near_turn", "reserved", "refused", "first_token", "committed", "tokens", "relocate", "failed", "status", "prompt_scored")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     NEAR_TURN_FIELD_NUMBER: _ClassVar[int]
     RESERVED_FIELD_NUMBER: _ClassVar[int]
@@ -317,6 +415,7 @@ class WorkerToRouter(_message.Message):
     RELOCATE_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_SCORED_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     near_turn: NearTurn
     reserved: Reserved
@@ -327,7 +426,8 @@ class WorkerToRouter(_message.Message):
     relocate: Relocate
     failed: AttemptFailed
     status: WorkerStatus
-    def __init__(self, sequence: _Optional[int] = ..., near_turn: _Optional[_Union[NearTurn, _Mapping]] = ..., reserved: _Optional[_Union[Reserved, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., first_token: _Optional[_Union[FirstToken, _Mapping]] = ..., committed: _Optional[_Union[Committed, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., relocate: _Optional[_Union[Relocate, _Mapping]] = ..., failed: _Optional[_Union[AttemptFailed, _Mapping]] = ..., status: _Optional[_Union[WorkerStatus, _Mapping]] = ...) -> None: ...
+    prompt_scored: PromptScored
+    def __init__(self, sequence: _Optional[int] = ..., near_turn: _Optional[_Union[NearTurn, _Mapping]] = ..., reserved: _Optional[_Union[Reserved, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., first_token: _Optional[_Union[FirstToken, _Mapping]] = ..., committed: _Optional[_Union[Committed, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., relocate: _Optional[_Union[Relocate, _Mapping]] = ..., failed: _Optional[_Union[AttemptFailed, _Mapping]] = ..., status: _Optional[_Union[WorkerStatus, _Mapping]] = ..., prompt_scored: _Optional[_Union[PromptScored, _Mapping]] = ...) -> None: ...
 
 class WorkerInfo(_message.Message):
     __slots__ = ("worker", "name", "address", "epoch", "state", "roles", "model", "schema_digest", "block_size_tokens", "total_columns", "max_model_len", "codecs", "wire_version")

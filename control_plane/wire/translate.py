@@ -1,9 +1,14 @@
 """Values of the floors below <-> their protobuf spelling. Total on received messages: FrameError or a valid value."""
 
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
 from control_plane.wire import session_pb2 as pb
+from engine.base import limits
 from engine.base.errors import FrameError, InvalidArgument
 from engine.commands import SampledToken
-from engine.types import FinishReason, SamplingParams
+from engine.types import Constraint, ConstraintKind, FinishReason, SamplingParams, TokenLogprobs
 from kv_transfer import reports
 
 FINISH_CODES: dict[FinishReason | None, int] = {None: 0, FinishReason.STOP: 1, FinishReason.LENGTH: 2}
@@ -16,32 +21,72 @@ RELOCATE_REASONS = {
 }
 
 
+# -- sampling ----------------------------------------------------------------------------------------------------------
 def sampling_to_wire(sampling: SamplingParams) -> pb.Sampling:
+    constraint = sampling.constraint
     return pb.Sampling(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        repetition_penalty=sampling.repetition_penalty,
+        logit_bias_ids=[token for token, _ in sampling.logit_bias],
+        logit_bias_values=[bias for _, bias in sampling.logit_bias],
+        allowed_token_ids=sampling.allowed_token_ids,
+        bad_words=[pb.TokenList(ids=word) for word in sampling.bad_words],
+        constraint_kind=constraint.kind.value if constraint is not None else "",
+        constraint_text=constraint.text if constraint is not None else "",
         seed=sampling.seed,
         max_tokens=sampling.max_tokens,
+        min_tokens=sampling.min_tokens,
         stop_token_ids=sampling.stop_token_ids,
         ignore_eos=sampling.ignore_eos,
+        logprobs=sampling.logprobs,
+        prompt_logprobs=sampling.prompt_logprobs,
     )
 
 
-def sampling_from_wire_untrusted(sampling: pb.Sampling) -> SamplingParams:
+def sampling_from_wire_untrusted(sampling: pb.Sampling, vocab_size: int) -> SamplingParams:
     """Checked again at the worker: a router's word is not enough for an index kernel (reliability, advisories)."""
     try:
-        return SamplingParams(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            seed=sampling.seed,
-            max_tokens=sampling.max_tokens,
-            stop_token_ids=tuple(sampling.stop_token_ids),
-            ignore_eos=sampling.ignore_eos,
-        )
-    except InvalidArgument:
+        params = _sampling(sampling)
+    except (InvalidArgument, ValueError):  # ValueError: a kind that is none, or parallel arrays that are not
         raise FrameError("sampling") from None
+    if any(token >= vocab_size for _, ids in params.token_ids_by_field() for token in ids):
+        raise FrameError("token_id")
+    return params
 
 
+def _sampling(sampling: pb.Sampling) -> SamplingParams:
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        repetition_penalty=sampling.repetition_penalty,
+        logit_bias=tuple(zip(sampling.logit_bias_ids, sampling.logit_bias_values, strict=True)),
+        allowed_token_ids=tuple(sampling.allowed_token_ids),
+        bad_words=tuple(tuple(word.ids) for word in sampling.bad_words),
+        constraint=_constraint(sampling.constraint_kind, sampling.constraint_text),
+        seed=sampling.seed,
+        max_tokens=sampling.max_tokens,
+        min_tokens=sampling.min_tokens,
+        stop_token_ids=tuple(sampling.stop_token_ids),
+        ignore_eos=sampling.ignore_eos,
+        logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
+        prompt_logprobs=sampling.prompt_logprobs if sampling.HasField("prompt_logprobs") else None,
+    )
+
+
+def _constraint(kind: str, text: str) -> Constraint | None:
+    return Constraint(ConstraintKind(kind), text) if kind else None
+
+
+# -- requests ----------------------------------------------------------------------------------------------------------
 def context_from_wire_untrusted(message: pb.Prefill | pb.Reserve, *, vocab_size: int, max_len: int) -> tuple[int, ...]:
     """The token ids of a Prefill or Reserve, inside the vocabulary and the model's length."""
     count = len(message.token_ids)
@@ -53,6 +98,28 @@ def context_from_wire_untrusted(message: pb.Prefill | pb.Reserve, *, vocab_size:
     return token_ids
 
 
+def choices_from_wire_untrusted(choices: Sequence[int]) -> tuple[int, ...]:
+    """The indices in a Prefill: in order, each once. None at all: a request's only choice."""
+    _check_choices_untrusted(choices)
+    return tuple(choices) or (0,)
+
+
+def choice_attempts_from_wire_untrusted(choices: Sequence[pb.ChoiceAttempt]) -> tuple[tuple[int, int], ...]:
+    """(request id, choice index) of each child of a Reserve or Bind, in order, each once. None at all: no group."""
+    _check_choices_untrusted([child.choice for child in choices])
+    children = tuple((child.request, child.choice) for child in choices)
+    if len({request for request, _ in children}) != len(children):
+        raise FrameError("choices")
+    return children
+
+
+def _check_choices_untrusted(choices: Sequence[int]) -> None:
+    in_order = all(low < high for low, high in pairwise(choices))
+    if len(choices) > limits.CHOICES_MAX or not in_order or any(choice >= limits.CHOICES_MAX for choice in choices):
+        raise FrameError("choices")
+
+
+# -- tokens ------------------------------------------------------------------------------------------------------------
 def finish_to_wire(finish: FinishReason | None) -> str:
     return "" if finish is None else finish.value
 
@@ -66,23 +133,84 @@ def finish_from_wire_untrusted(text: str) -> FinishReason | None:
         raise FrameError("finish") from None
 
 
-def tokens_to_wire(tokens: list[tuple[int, int, SampledToken]]) -> pb.Tokens:
+def logprobs_to_wire(logprobs: TokenLogprobs | None) -> pb.TokenLogprobs:
+    """Rank 0 says that nobody asked."""
+    if logprobs is None:
+        return pb.TokenLogprobs()
+    return pb.TokenLogprobs(
+        logprob=logprobs.logprob,
+        rank=logprobs.rank,
+        top_ids=[token for token, _ in logprobs.top],
+        top_logprobs=[logprob for _, logprob in logprobs.top],
+    )
+
+
+def logprobs_from_wire_untrusted(message: pb.TokenLogprobs) -> TokenLogprobs | None:
+    """These figures go to a client as they are: what is no number goes no further."""
+    if message.rank == 0:
+        return None
+    if len(message.top_ids) != len(message.top_logprobs) or len(message.top_ids) > limits.LOGPROBS_MAX:
+        raise FrameError("logprobs")
+    if not all(logprob < math.inf for logprob in (message.logprob, *message.top_logprobs)):
+        raise FrameError("logprobs")
+    top = tuple(zip(message.top_ids, message.top_logprobs, strict=True))
+    return TokenLogprobs(logprob=message.logprob, rank=message.rank, top=top)
+
+
+def scores_from_wire_untrusted(message: pb.PromptScored) -> tuple[TokenLogprobs, ...]:
+    scores = tuple(score for score in map(logprobs_from_wire_untrusted, message.logprobs) if score is not None)
+    if not scores or len(scores) != len(message.logprobs):
+        raise FrameError("logprobs")
+    return scores
+
+
+def first_token_from_wire_untrusted(message: pb.FirstToken) -> SampledToken:
+    return SampledToken(
+        seq_id=0,  # the message names a request
+        position=message.position,
+        token_id=message.token_id,
+        finish=finish_from_wire_untrusted(message.finish),
+        choice=message.choice,
+        logprobs=logprobs_from_wire_untrusted(message.logprobs),
+    )
+
+
+def tokens_to_wire(tokens: Sequence[tuple[int, int, SampledToken]]) -> pb.Tokens:
     """(request, attempt, token) triples as parallel arrays: one message for a whole step costs microseconds."""
+    asked = any(token.logprobs is not None for _, _, token in tokens)
     return pb.Tokens(
         requests=[request for request, _, _ in tokens],
         attempts=[attempt for _, attempt, _ in tokens],
         positions=[token.position for _, _, token in tokens],
         token_ids=[token.token_id for _, _, token in tokens],
         finishes=bytes(FINISH_CODES[token.finish] for _, _, token in tokens),
+        logprobs=[logprobs_to_wire(token.logprobs) for _, _, token in tokens] if asked else (),
     )
 
 
+def tokens_from_wire_untrusted(message: pb.Tokens) -> list[tuple[int, int, SampledToken]]:
+    """The inverse. Which choice a token belongs to is what its request says, so `seq_id` and `choice` mean nothing."""
+    columns = (message.requests, message.attempts, message.positions, message.token_ids, message.finishes)
+    count = len(message.requests)
+    if any(len(column) != count for column in columns) or len(message.logprobs) not in (0, count):
+        raise FrameError("length")
+    if not FINISH_REASONS.keys() >= set(message.finishes):
+        raise FrameError("finish")
+    logprobs = map(logprobs_from_wire_untrusted, message.logprobs) if message.logprobs else [None] * count
+    return [
+        (request, attempt, SampledToken(0, position, token_id, FINISH_REASONS[finish], logprobs=score))
+        for request, attempt, position, token_id, finish, score in zip(*columns, logprobs, strict=True)
+    ]
+
+
+# -- reports -----------------------------------------------------------------------------------------------------------
 def report_to_wire(report: reports.AttemptReport, *, request: int, attempt: int, epoch: int) -> pb.WorkerToRouter:
     """One report about one attempt, under the names that its router knows it by."""
     match report:
         case reports.NearTurn():
-            near_turn = pb.NearTurn(request=request, attempt=attempt, context_tokens=report.context_tokens)
-            return pb.WorkerToRouter(near_turn=near_turn)
+            return pb.WorkerToRouter(near_turn=_near_turn(report, request, attempt))
+        case reports.PromptScored():
+            return pb.WorkerToRouter(prompt_scored=_prompt_scored(report, request, attempt))
         case reports.FirstToken():
             return pb.WorkerToRouter(first_token=_first_token(report, request, attempt))
         case reports.Granted():
@@ -96,6 +224,24 @@ def report_to_wire(report: reports.AttemptReport, *, request: int, attempt: int,
     raise TypeError(f"not a report about an attempt: {report!r}")
 
 
+def _near_turn(report: reports.NearTurn, request: int, attempt: int) -> pb.NearTurn:
+    return pb.NearTurn(
+        request=request,
+        attempt=attempt,
+        context_tokens=report.context_tokens,
+        cached_tokens=report.cached_tokens,
+    )
+
+
+def _prompt_scored(report: reports.PromptScored, request: int, attempt: int) -> pb.PromptScored:
+    return pb.PromptScored(
+        request=request,
+        attempt=attempt,
+        start=report.start,
+        logprobs=[logprobs_to_wire(score) for score in report.logprobs],
+    )
+
+
 def _first_token(report: reports.FirstToken, request: int, attempt: int) -> pb.FirstToken:
     return pb.FirstToken(
         request=request,
@@ -103,6 +249,8 @@ def _first_token(report: reports.FirstToken, request: int, attempt: int) -> pb.F
         position=report.position,
         token_id=report.token_id,
         finish=finish_to_wire(report.finish),
+        choice=report.choice,
+        logprobs=logprobs_to_wire(report.logprobs) if report.logprobs is not None else None,
     )
 
 

@@ -28,6 +28,29 @@ PROMPT_TOKENS_MAX: Final = 131_072
 OUTPUT_TOKENS_MAX: Final = 131_072
 OUTPUT_TOKENS_DEFAULT: Final = 16  # OpenAI's completions default
 STOP_TOKEN_IDS_MAX: Final = 64
+STOP_STRINGS_MAX: Final = 16  # each is sought in every piece of text
+STOP_STRING_CHARACTERS_MAX: Final = 256  # text that may begin a stop string is held back from the client
+CHOICES_MAX: Final = 16  # `n`: each is a decoding sequence of its own
+TOP_K_MAX: Final = 1 << 20
+LOGPROBS_MAX: Final = 20  # vLLM's limit; each costs 12 bytes per token on two links
+REPETITION_PENALTY_MAX: Final = 100.0
+LOGIT_BIAS_MAX: Final = 1_024
+ALLOWED_TOKEN_IDS_MAX: Final = 1_024
+BAD_WORDS_MAX: Final = 128
+BAD_WORDS_TOKENS_MAX: Final = 1_024  # all together; each is compared with the end of the output in every step
+PRIORITY_MAX: Final = 1 << 20  # of either sign; lower runs earlier
+CACHE_SALT_CHARACTERS_MAX: Final = 128  # it travels with every prefill and reservation
+CONSTRAINT_BYTES_MAX: Final = 64 << 10  # a JSON schema; a hostile one must not cost seconds before it is refused
+# What one constraint may cost, in the units of llguidance's compiler and matcher: measured on one slow core, the worst
+# of 60 hostile ones cost 0.3 s in all, and no step of a sequence that went on cost more than 50 ms.
+CONSTRAINT_SYMBOLS_MAX: Final = 10_000  # grammar productions: a schema of about 1,000 properties
+CONSTRAINT_COMPILE_FUEL: Final = 250_000  # regex nodes looked at before the first token
+CONSTRAINT_STEP_FUEL: Final = 50_000  # regex nodes built for one token: about 4 ms
+CONSTRAINT_STEP_ITEMS_MAX: Final = 20_000  # parser items for one token
+CONSTRAINT_ROW_ITEMS_MAX: Final = 2_000  # parser items for one byte: about 500 optional properties side by side
+CONSTRAINT_LEXER_STATES_MAX: Final = 8_000  # in a lexer's life, 1 to 2 KiB each
+CONSTRAINT_MEMBERS_MAX: Final = 2_000  # of one JSON object in a schema: optional properties cost their square
+CONSTRAINT_MULTIPLE_MAX: Final = 20_000  # least common multiple of all `multipleOf`: one automaton state for each unit
 BODY_BYTES_MAX: Final = 4 << 20
 TEMPERATURE_MAX: Final = 100.0
 SEED_MAX: Final = (1 << 63) - 1
@@ -41,6 +64,8 @@ WORKER_WAIT_MS: Final = 10_000  # how long a request waits for a worker of a rol
 ATTEMPTS_MAX: Final = 8  # placements of one request; a poison request must not visit every worker
 ENGINE_FAILURES_MAX: Final = 2  # one may be the engine's fault; a second is the request's, and finds no third victim
 RESERVE_RETRY_MS: Final = 50  # every decode worker said FULL: ask again this much later
+PREFIX_INDEX_BLOCKS_MAX: Final = 1 << 16  # hashes that a router remembers of one worker: about 8 MiB
+DECODE_LOAD_TOKENS: Final = 256  # a running sequence slows its neighbours about as much as sending KV of so many tokens
 
 # -- workers and leases --------------------------------------------------------------------------------------------
 LEASE_MS: Final = 5_000
@@ -55,9 +80,17 @@ DRAIN_TIMEOUT_MS: Final = 30_000
 BLOCK_SIZE_TOKENS: Final = 16
 STEP_TOKENS_MAX: Final = 512  # token budget of one step (chunked prefill)
 STEP_SEQUENCES_MAX: Final = 256
+MATCHERS_MAX: Final = STEP_SEQUENCES_MAX  # live matchers of one worker; one too few costs a replay, no more
+MATCHER_SPARES_MAX: Final = 64  # compiled constraints that the next sequence starts from
+STEP_TILE_TOKENS: Final = 32  # budgets chosen from measured times are multiples of it: rows that a GEMM does at once
+STEP_TIME_FILE_BYTES_MAX: Final = 64 << 10  # a fitted model is 1 KiB; anybody may have put something else there
+STEP_TIME_COEFFICIENT_US_MAX: Final = 1e9  # a quarter of an hour for one token is no measurement
 NEAR_TURN_TOKENS: Final = 2 * STEP_TOKENS_MAX  # admitted prompt tokens ahead of the computed ones: one step, one spare
 PASSES_MAX: Final = 8  # after this many overtakings a prompt that does not fit stops all behind it
+ADMISSION_TRIES_MAX: Final = 32  # prompts found not to fit, in one step; planning must not grow with the queue
 LAYERS_PER_GROUP: Final = 5  # layers computed between two "KV is ready" announcements
+ATTENTION_SCRATCH_BYTES_MAX: Final = 8 << 20  # one mask, or the spelled-out scores of one piece of a chunk
+VERIFY_WINDOW_TOKENS_MAX: Final = 512  # the self-check runs a prompt longer than the window, at load
 
 # -- the router's edge ---------------------------------------------------------------------------------------------
 HTTP_CONNECTIONS_MAX: Final = 4 * ROUTER_REQUESTS_MAX  # open at once on one port; each holds a descriptor and buffers
@@ -75,6 +108,8 @@ BODY_BESIDE_PROMPT_BYTES_MAX: Final = 64 << 10  # everything else in a body; dec
 BODIES_HELD_BYTES_MAX: Final = 256 << 20  # bodies being read or checked, all together: the router's memory is finite
 INLINE_CHARACTERS_MAX: Final = 4_096  # about 1 ms of encoding; longer prompts leave the event loop
 ENCODES_WAITING_MAX: Final = 64  # long prompts queued for the one encoding thread; each holds its text
+CONSTRAINT_CHECKS_WAITING_MAX: Final = 64  # constraints queued for the one thread that compiles them
+LOGPROBS_PER_ANSWER_MAX: Final = 1 << 17  # numbers in one piece of JSON: so many hold the loop for 0.1 s, at worst 0.4
 UNKNOWN_NAMES_MAX: Final = 256  # unknown field names remembered, so that each is logged once and none for ever
 UNREAD_TOKENS_MAX: Final = 1_024  # more than any socket buffer explains: the client does not read
 READ_GRACE_MS: Final = 30_000  # after the request's deadline, for the client to take what is buffered

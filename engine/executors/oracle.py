@@ -1,7 +1,9 @@
 """OracleExecutor: a model without a model. Right tokens prove that every KV byte was right. No torch.
 
     KV of token i    digest of (KV bytes of token i-1 *as stored*, token id, position, tenant), in every layer and head
-    next token       digest of (every KV byte of the sequence, as stored), modulo the vocabulary
+    next token       digest of (every KV byte of the sequence, as stored), modulo the vocabulary; unless greedy, of
+                     seed, choice and output position too
+    log-probs        made up from the same digests: numbers that must arrive as they were sent, and mean nothing
 
 So a row that is missing, stale, foreign, swapped or late changes every token after it (reliability, "oracle engine"),
 and `reference_tokens` says without any memory what the tokens should have been. It says nothing about speed (`paced`)
@@ -22,11 +24,11 @@ import xxhash
 
 from engine.base import limits
 from engine.base.failpoints import InjectedFault
-from engine.commands import SequenceSlice, StepOutput, StepPlan
+from engine.commands import Sampled, SequenceSlice, StepOutput, StepPlan
 from engine.executors import LayersComputed
 from engine.kv.arena import Arena
 from engine.kv.schema import CacheSchema, Stream
-from engine.types import SamplingParams
+from engine.types import SamplingParams, TokenLogprobs
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 Digest: TypeAlias = xxhash.xxh3_64
@@ -102,7 +104,9 @@ class OracleExecutor:
         for start in range(0, self._layers, self._config.layers_per_group):
             on_layers(start, min(start + self._config.layers_per_group, self._layers))
         tokens = {piece.seq_id: self._sample(piece) for piece in plan.slices if piece.sample_position is not None}
-        return StepOutput(plan.step_id, tokens)
+        scored = {piece.seq_id: self._score_prompt(piece) for piece in plan.slices if piece.is_prefill}
+        prompt_logprobs = {seq_id: scores for seq_id, scores in scored.items() if scores}
+        return StepOutput(plan.step_id, tokens, prompt_logprobs=prompt_logprobs)
 
     def _compute(self, piece: SequenceSlice) -> None:
         """Fill [start, end):    ... row start-1, from memory | start ........... end)"""
@@ -117,10 +121,22 @@ class OracleExecutor:
         data_LHPTX = np.ascontiguousarray(rows_TLHPX.transpose(1, 2, 3, 0, 4))
         self._arena.write(piece.block_table, (0, self._layers), (piece.start, end), None, data_LHPTX)
 
-    def _sample(self, piece: SequenceSlice) -> int:
+    def _sample(self, piece: SequenceSlice) -> tuple[Sampled, ...]:
         assert piece.sample_position is not None
         digest = self._digest(piece, piece.start + len(piece.token_ids))
-        return _token(digest, piece.sampling, piece.sample_position, self._config)
+        position = piece.sample_position
+        return tuple(_pick(digest, piece.sampling, position, choice, self._config) for choice in piece.choices)
+
+    def _score_prompt(self, piece: SequenceSlice) -> tuple[TokenLogprobs, ...]:
+        """Of the prompt tokens that follow the fed ones:  fed [start, end)  ->  scored [start + 1, end + 1)"""
+        top = piece.sampling.prompt_logprobs
+        end = min(piece.start + len(piece.token_ids), piece.prompt_tokens - 1)
+        if top is None or end <= piece.start:
+            return ()
+        rows_TR = self._stored_rows(piece, piece.start, end)
+        following = piece.context[piece.start + 1 : end + 1]
+        pairs = zip(rows_TR, following, strict=True)
+        return tuple(_score(_after(row_R, token_id), token_id, top, self._config) for row_R, token_id in pairs)
 
     def _digest(self, piece: SequenceSlice, end: int) -> Digest:
         """Of the rows of tokens [0, end), read from memory (all of them, or those not yet trusted)."""
@@ -167,30 +183,75 @@ class _Rows:
 
 
 def reference_tokens(
-    prompt: Sequence[int], tenant: str, sampling: SamplingParams, count: int, config: OracleExecutor.Config
+    prompt: Sequence[int],
+    tenant: str,
+    sampling: SamplingParams,
+    count: int,
+    config: OracleExecutor.Config,
+    choice: int = 0,
 ) -> tuple[int, ...]:
     """The `count` tokens that must follow this prompt, computed without blocks, chunks, steps or memory.
 
     It never stops by itself: what ends an output is the scheduler's business.
     """
+    return tuple(pick.token_id for pick in reference_output(prompt, tenant, sampling, count, config, choice))
+
+
+def reference_output(
+    prompt: Sequence[int],
+    tenant: str,
+    sampling: SamplingParams,
+    count: int,
+    config: OracleExecutor.Config,
+    choice: int = 0,
+) -> tuple[Sampled, ...]:
+    """`reference_tokens` with their log-probabilities, if `sampling` asks for them."""
     rows = _Rows(config.schema.token_bytes)
     digest = xxhash.xxh3_64()
     last_R: Bytes | None = None
     for last_R in rows.chain(None, prompt, 0, tenant):
         digest.update(last_R.data)
-    tokens: list[int] = []
-    while len(tokens) < count:
-        token_id = _token(digest, sampling, len(tokens), config)
-        (last_R,) = rows.chain(last_R, (token_id,), len(prompt) + len(tokens), tenant)
+    picks: list[Sampled] = []
+    while len(picks) < count:
+        pick = _pick(digest, sampling, len(picks), choice, config)
+        (last_R,) = rows.chain(last_R, (pick.token_id,), len(prompt) + len(picks), tenant)
         digest.update(last_R.data)
-        tokens.append(token_id)
-    return tuple(tokens)
+        picks.append(pick)
+    return tuple(picks)
 
 
-def _token(digest: Digest, sampling: SamplingParams, position: int, config: OracleExecutor.Config) -> int:
-    """Greedy sampling sees the context only; otherwise seed and output position count too."""
-    luck = b"" if sampling.greedy else struct.pack("<QQ", sampling.seed, position)
-    token_id = xxhash.xxh3_64_intdigest(digest.digest() + luck) % config.vocab_size
+def reference_prompt_logprobs(
+    prompt: Sequence[int], tenant: str, top: int, config: OracleExecutor.Config
+) -> tuple[TokenLogprobs, ...]:
+    """Of the prompt's tokens but the first."""
+    rows = _Rows(config.schema.token_bytes).chain(None, prompt[:-1], 0, tenant)
+    pairs = zip(rows, prompt[1:], strict=True)
+    return tuple(_score(_after(row_R, token_id), token_id, top, config) for row_R, token_id in pairs)
+
+
+def _pick(
+    digest: Digest, sampling: SamplingParams, position: int, choice: int, config: OracleExecutor.Config
+) -> Sampled:
+    """Greedy sampling sees the context only; otherwise seed, choice and output position count too."""
+    luck = b"" if sampling.greedy else struct.pack("<QQQ", sampling.seed, choice, position)
+    state = xxhash.xxh3_64_intdigest(digest.digest() + luck)
+    token_id = state % config.vocab_size
     while token_id in config.unsampled:
         token_id = (token_id + 1) % config.vocab_size
-    return token_id
+    return Sampled(token_id, None if sampling.logprobs is None else _score(state, token_id, sampling.logprobs, config))
+
+
+def _after(row_R: Bytes, token_id: int) -> int:
+    """What the score of a prompt token is made from: itself, and all before it (the row is a digest of them)."""
+    return xxhash.xxh3_64_intdigest(row_R.tobytes(), seed=token_id)
+
+
+def _score(state: int, token_id: int, top: int, config: OracleExecutor.Config) -> TokenLogprobs:
+    """A rank out of the digest, and a quarter of a nat per rank: numbers that 32 bits hold exactly.
+
+    top 3, rank 2      (some id, -0.25)  (token id, -0.5)  (some id, -0.75)
+    """
+    rank = 1 + state % (top + 2)  # now and then not among the likeliest
+    others = [(token_id + place) % config.vocab_size for place in range(1, top + 1)]
+    ids = [token_id if place == rank else other for place, other in enumerate(others, 1)]
+    return TokenLogprobs(-rank / 4, rank, tuple((id_, -place / 4) for place, id_ in enumerate(ids, 1)))

@@ -12,20 +12,27 @@ generic memory of its owner: it may hold any layer's (any head's) tokens, so the
 into few columns and the rest rejoined.
 
     free --allocate--> owned <--lend / unlend--> lent to a transfer
-      ^                  | split_column
-      |                units <--split_unit--> pages
-      +-- release, or the last piece of a split column is given back (the column is whole again)
+     ^ ^                 | split_column
+     | |               units <--split_unit--> pages
+     | +-- release, or the last piece of a split column is given back (the column is whole again)
+     |
+     +--evict-- cached <-- release, if the column has a name (`register`); allocate(shared=...) --> owned, lent
 
-A column is free, owned or lent, never two of them (I3): free + owned + lent == total. A shared column counts once,
-and as lent while any of its holders is. A prefix cache will add a fourth word, `cached`.
+A column is free, cached, owned or lent, never two of them (I3): free + cached + owned + lent == total. A shared column
+counts once, and as lent while any of its holders is. Columns are granted from the free ones first, longest rested
+first, and then from the cached ones, least recently used first: together they are `available_columns`.
 
-`None` always means "not enough free columns", and then nothing has changed. Misuse (an unknown owner, a piece that is
-not the owner's) raises `KeyError` or `ValueError`, also before anything has changed. One thread owns an allocator.
+`None` always means "not enough available columns", and then nothing has changed. Misuse (an unknown owner, a piece
+that is not the owner's) raises `KeyError` or `ValueError`, also before anything has changed. One thread owns an
+allocator.
 """
 
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+
+from engine.kv.block_hash import BlockName
+from engine.kv.prefix_cache import BlockChain, PrefixCache
 
 
 class IntegrityError(Exception):
@@ -61,8 +68,7 @@ class _Holding:
 class ColumnAllocator:
     """Hands out columns whole or not at all, and takes them back once nobody holds them.
 
-    Owners are sequence ids. Order is first freed, first reused: the longer a column rests, the longer the cache that
-    will one day live in freed columns keeps what it holds. Same calls, same ids.
+    Owners are sequence ids. Same calls, same ids.
     """
 
     def __init__(self, columns: int, *, layers: int, heads: int) -> None:
@@ -73,7 +79,8 @@ class ColumnAllocator:
         self._heads = heads
         self._holdings: dict[int, _Holding] = {}
         # The two counts below repeat what the holdings say, so that each operation costs only what it touches.
-        # A column is free if and only if it has no key in `_references`.
+        # A column is free or cached if and only if it has no key in `_references`.
+        self._cache = PrefixCache()
         self._free: deque[int] = deque(range(columns))
         self._references: Counter[int] = Counter()  # column -> holders
         self._lent: Counter[int] = Counter()  # column -> holders that have lent it
@@ -85,7 +92,23 @@ class ColumnAllocator:
 
     @property
     def free_columns(self) -> int:
+        """Nobody's, and with nothing in them that anybody could want."""
         return len(self._free)
+
+    @property
+    def cached_columns(self) -> int:
+        """Nobody's, and kept for whoever has the same prefix, until their room is needed."""
+        return self._cache.idle_count
+
+    @property
+    def cached_column_ids(self) -> tuple[int, ...]:
+        """The next to be evicted first."""
+        return self._cache.idle
+
+    @property
+    def available_columns(self) -> int:
+        """What could be granted now: free and cached ones."""
+        return len(self._free) + self._cache.idle_count
 
     @property
     def owned_columns(self) -> int:
@@ -104,6 +127,11 @@ class ColumnAllocator:
         """The owner's whole columns in token order."""
         return tuple(self._holdings[owner].table)
 
+    def column_count(self, owner: int) -> int:
+        """Length of `table(owner)`; 0 of an unknown owner."""
+        holding = self._holdings.get(owner)
+        return 0 if holding is None else len(holding.table)
+
     def units(self, owner: int) -> tuple[int, ...]:
         """Whole units the owner holds of its split columns, in ascending order."""
         return tuple(sorted(unit for split in self._holdings[owner].splits.values() for unit in split.units))
@@ -113,59 +141,77 @@ class ColumnAllocator:
         splits = self._holdings[owner].splits.values()
         return tuple(sorted(page for split in splits for pages in split.pages.values() for page in pages))
 
-    def can_allocate(self, count: int) -> bool:
-        return count <= len(self._free)
+    def can_allocate(self, count: int, *, shared: Sequence[int] = ()) -> bool:
+        """Enough for `count` columns beside the `shared` ones, which may themselves be cached ones."""
+        return count <= self.available_columns - self._cache.count_idle(shared)
 
     # -- whole columns -------------------------------------------------------------------------------------------------
-    def allocate(self, owner: int, count: int, *, lent: bool = False) -> tuple[int, ...] | None:
-        """Append `count` columns to the owner's table, or change nothing and return None.
+    def allocate(
+        self, owner: int, count: int, *, shared: Sequence[int] = (), lent: bool = False
+    ) -> tuple[int, ...] | None:
+        """Append `shared` columns and `count` new ones to the owner's table, or change nothing and return None.
 
-        With `lent` the owner's memory, all of it, is lent to a transfer from now on.
+        `shared` is what `match` found for this sequence, so its owner must be new. With `lent` the owner's memory, all
+        of it, is lent to a transfer from now on. Returns the new columns.
         """
         if count < 0:
             raise ValueError(f"count must be >= 0, got {count}")
-        if not self.can_allocate(count):
+        if shared and owner in self._holdings:
+            raise ValueError(f"owner {owner} already has a table")
+        if not self.can_allocate(count, shared=shared):
             return None
         holding = self._holdings.setdefault(owner, _Holding())
-        columns = tuple(self._free.popleft() for _ in range(count))
+        for column in shared:  # first of all: what is held cannot be evicted for the rest
+            self._hold(column, lent=holding.lent)
+        columns = tuple(self._take() for _ in range(count))
         for column in columns:
             self._hold(column, lent=holding.lent)
-        holding.table.extend(columns)
+        holding.table += (*shared, *columns)
         if lent:
             self.lend(owner)
         return columns
 
-    def fork(self, parent: int, child: int) -> tuple[int, ...]:
-        """Let a new owner share all of the parent's columns (several choices of one prompt). Returns its table."""
+    def share(self, parent: int, child: int, count: int) -> tuple[int, ...]:
+        """Put the parent's first `count` columns in front of the child's own (choices of one prompt), who may be new.
+
+        parent  [ 0 .. count | .. ]        child before  [ own ]        child after  [ 0 .. count | own ]
+        """
         holding = self._holdings[parent]
-        if child in self._holdings:
-            raise ValueError(f"owner {child} already has a table")
+        if not 0 <= count <= len(holding.table):
+            raise ValueError(f"count must be in [0, {len(holding.table)}], got {count}")
         if holding.splits:
             raise ValueError(f"owner {parent} has split columns; a split belongs to one request")
-        for column in holding.table:
-            self._hold(column, lent=False)
-        self._holdings[child] = _Holding(table=list(holding.table))
+        heir = self._holdings.get(child) or _Holding()
+        shared = holding.table[:count]
+        if set(shared) & set(heir.columns):
+            raise ValueError(f"owner {child} shares columns with {parent} already")
+        for column in shared:
+            self._hold(column, lent=heir.lent)
+        heir.table[:0] = shared
+        self._holdings[child] = heir
         return self.table(child)
 
     def copy_on_write(self, owner: int, index: int) -> tuple[int, int] | None:
-        """Make `table[index]` private before the owner writes to it. Returns (column that it was, column that it is).
+        """Make `table[index]` private and nameless before the owner writes to it.
 
-        The two differ if the column was shared: the caller then copies the bytes. None: no free column.
+        Returns (column that it was, column that it is). The two differ if the column was shared: the caller then
+        copies the bytes. None: no column is available.
         """
         holding = self._holdings[owner]
         old = _column_at(holding, index)
         if self._references[old] == 1:
+            self._cache.forget(old)
             return old, old
-        if not self._free:
+        if not self.can_allocate(1):
             return None
-        new = self._free.popleft()
+        new = self._take()
         self._hold(new, lent=holding.lent)
         self._drop(old, lent=holding.lent)
         holding.table[index] = new
         return old, new
 
     def release(self, owner: int) -> int:
-        """The end of an owner, whatever it has: whole, shared, split or lent. Returns the columns that became free.
+        """The end of an owner, whatever it has: whole, shared, split or lent. Returns how many nobody holds now.
 
         Idempotent: an unknown owner has nothing. Only the caller knows whether a codec thread still reads or writes
         these columns, so only the caller may decide that it is time (DESIGN 2.2).
@@ -173,7 +219,32 @@ class ColumnAllocator:
         holding = self._holdings.pop(owner, None)
         if holding is None:
             return 0
-        return sum(self._drop(column, lent=holding.lent) for column in holding.columns)
+        left = [column for column in holding.columns if self._drop(column, lent=holding.lent)]
+        self._take_back(left)
+        return len(left)
+
+    # -- the prefix cache ----------------------------------------------------------------------------------------------
+    def match(self, chain: BlockChain, blocks_max: int) -> tuple[int, ...]:
+        """Columns that hold the chain's leading blocks, for `allocate(shared=...)`. `blocks_max` at most."""
+        return self._cache.match(chain, blocks_max)
+
+    def register(self, owner: int, index: int, name: BlockName) -> None:
+        """The KV in `table[index]` is final and is the block of this name: others may share it from now on.
+
+        A block that has a column keeps it; the owner's is then a nameless copy.
+        """
+        self._cache.register(name, _column_at(self._holdings[owner], index))
+
+    def disown(self, owner: int, start: int) -> None:
+        """What is in `table[start:]` is not to be trusted: nobody else shall find it. Who shares it already does."""
+        for column in self._holdings[owner].table[start:]:
+            self._cache.forget(column)
+
+    def reset_cache(self) -> None:
+        """Cached columns are free, held ones nameless."""
+        for column in sorted(self._cache.named):
+            if self._cache.forget(column):
+                self._free.append(column)
 
     # -- lending -------------------------------------------------------------------------------------------------------
     def lend(self, owner: int) -> None:
@@ -198,6 +269,7 @@ class ColumnAllocator:
         column = _column_at(holding, index)
         if self._references[column] > 1:
             raise ValueError(f"column {column} is shared; copy it before splitting")
+        self._cache.forget(column)  # its pieces will hold other tokens
         del holding.table[index]
         units = range(column * self._layers, (column + 1) * self._layers)
         holding.splits[column] = _Split(units=set(units))
@@ -244,11 +316,15 @@ class ColumnAllocator:
         self._check_conservation(held=set(references))
 
     def _check_conservation(self, held: set[int]) -> None:
-        """free + owned + lent == total, as sets: every column is in exactly one place, exactly once."""
-        free = set(self._free)
+        """free + cached + owned + lent == total, as sets: every column is in exactly one place, exactly once."""
+        free, cached = set(self._free), set(self._cache.idle)
         _require(len(free) == len(self._free), "a column is free twice")
         _require(not free & held, f"columns {sorted(free & held)} are free and held")
-        _require(free | held == set(range(self._columns)), "columns are lost or foreign")
+        _require(not cached & held, f"columns {sorted(cached & held)} are cached and held")
+        _require(not free & self._cache.named, f"columns {sorted(free & self._cache.named)} are free and have names")
+        _require(free | cached | held == set(range(self._columns)), "columns are lost or foreign")
+        disagreement = self._cache.disagreement()
+        _require(disagreement is None, f"prefix cache: {disagreement}")
 
     def _check_holding(self, owner: int, holding: _Holding) -> None:
         """One owner's own books: no column twice, and pieces that belong to the columns they are filed under."""
@@ -263,19 +339,26 @@ class ColumnAllocator:
             _require({page // self._heads for page in pages} == split.pages.keys(), f"column {column}: a foreign page")
 
     # -- helpers -------------------------------------------------------------------------------------------------------
+    def _take(self) -> int:
+        """A column of nobody: a free one, or else the cached one that was used least recently."""
+        return self._free.popleft() if self._free else self._cache.evict()
+
+    def _take_back(self, columns: Sequence[int]) -> None:
+        """Nobody holds these, in token order, any more."""
+        self._free.extend(column for column in columns if column not in self._cache)
+        self._cache.rest([column for column in columns if column in self._cache])
+
     def _hold(self, column: int, *, lent: bool) -> None:
+        self._cache.wake(column)
         self._references[column] += 1
         if lent:
             self._lent[column] += 1
 
-    def _drop(self, column: int, *, lent: bool) -> int:
-        """One holder less. Returns 1 if it was the last one: the column is free again."""
+    def _drop(self, column: int, *, lent: bool) -> bool:
+        """One holder less. True if it was the last one: the caller takes the column back."""
         if lent:
             _count_down(self._lent, column)
-        if not _count_down(self._references, column):
-            return 0
-        self._free.append(column)
-        return 1
+        return _count_down(self._references, column)
 
     def _rejoin(self, owner: int, column: int) -> int:
         """Make a split column whole, and free, once none of its pieces is held."""
@@ -283,7 +366,9 @@ class ColumnAllocator:
         if not holding.splits[column].empty:
             return 0
         del holding.splits[column]
-        return self._drop(column, lent=holding.lent)
+        self._drop(column, lent=holding.lent)
+        self._take_back([column])
+        return 1
 
     def _split_with_unit(self, owner: int, unit: int) -> _Split:
         split = self._holdings[owner].splits.get(unit // self._layers)

@@ -1,8 +1,8 @@
 """Arena: the bytes of a worker's KV memory, and the way between blocks and wire order.
 
 It does not know who owns a column (`allocator`), what a codec or a frame is, or what a device is: this one is host
-memory. It holds `schema.kv`, the only stream of today's models; a further stream is a further buffer with the same
-columns, addressed by the same tables.
+memory (`device_arena` is the other kind). It holds `schema.kv`, the only stream of today's models; a further stream is
+a further buffer with the same columns, addressed by the same tables.
 
 Legend: C columns, L layers, H kv heads, P parts (K, V), S slots of a block, T tokens, X bytes of one token's head
 (head_dim * item_bytes); B blocks and R rows of a token range. LG and HG: the layers and heads of a range.
@@ -24,6 +24,7 @@ busy Python thread that made it ten times slower.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -49,16 +50,19 @@ class Arena:
         self.columns = columns
         self.block_size = block_size
         self._head_bytes = kv.head_dim * kv.item_bytes
-        shape = (columns, kv.layers, kv.heads, kv.parts, block_size, self._head_bytes)
-        self.bytes_CLHPSX: Bytes = np.zeros(shape, np.uint8)  # calloc: the system gives pages on first touch
+        self.bytes_CLHPSX = self._new_memory((columns, kv.layers, kv.heads, kv.parts, block_size, self._head_bytes))
         # Which block-long stretch of a column holds a (layer, head, part): the L, H, P steps of every address.
         self._stretch_LHP = np.arange(kv.layers * kv.heads * kv.parts).reshape(kv.layers, kv.heads, kv.parts)
+
+    def _new_memory(self, shape: tuple[int, ...]) -> Any:
+        return np.zeros(shape, np.uint8)  # calloc: the system gives pages on first touch
 
     # -- views ---------------------------------------------------------------------------------------------------------
     @property
     def array(self) -> Bytes:
-        """The whole buffer, [C, L, H, P, S, X], for backends that wrap it without a copy (`torch.from_numpy`)."""
-        return self.bytes_CLHPSX
+        """The whole buffer, [C, L, H, P, S, X], in place."""
+        array: Bytes = self.bytes_CLHPSX
+        return array
 
     def unit_view(self, unit: int) -> Bytes:
         """One layer of one column, [H, P, S, X], in place."""
@@ -86,7 +90,8 @@ class Arena:
 
         With `into`, a buffer of just that many bytes, they are copied there and the result is a view of it.
         """
-        rows, index_LHPR = self._address(table, layers, tokens, heads)
+        row_tokens, index_LHPR = self._address(table, layers, tokens, heads)
+        rows = self._rows(row_tokens)
         shape = (*index_LHPR.shape, rows.shape[1])
         rows_LHPRX = np.empty(shape, np.uint8) if into is None else np.frombuffer(into, np.uint8).reshape(shape)
         # `clip` only because `raise` would gather into a second buffer first; the addresses are already checked.
@@ -95,10 +100,9 @@ class Arena:
 
     def write(self, table: Sequence[int], layers: Range, tokens: Range, heads: Range | None, data_LHPTX: Bytes) -> None:
         """Put bytes in wire order where `read` with the same ranges finds them. Touches nothing else."""
-        rows, index_LHPR = self._address(table, layers, tokens, heads)
-        shape = (*index_LHPR.shape[:3], tokens[1] - tokens[0], self._head_bytes)
-        if data_LHPTX.shape != shape or data_LHPTX.dtype != np.uint8:
-            raise ValueError(f"data must be uint8 {shape}, got {data_LHPTX.dtype} {data_LHPTX.shape}")
+        row_tokens, index_LHPR = self._address(table, layers, tokens, heads)
+        self._require_data(data_LHPTX, (*index_LHPR.shape[:3], tokens[1] - tokens[0], self._head_bytes))
+        rows = self._rows(row_tokens)
         rows[index_LHPR] = data_LHPTX.reshape(*index_LHPR.shape, rows.shape[1])
 
     # -- whole columns -------------------------------------------------------------------------------------------------
@@ -117,8 +121,8 @@ class Arena:
     # -- addresses -----------------------------------------------------------------------------------------------------
     def _address(
         self, table: Sequence[int], layers: Range, tokens: Range, heads: Range | None
-    ) -> tuple[Bytes, npt.NDArray[np.intp]]:
-        """See memory as equal rows and name those of a range: (rows [N, row bytes], index [LG, HG, P, R]).
+    ) -> tuple[int, npt.NDArray[np.intp]]:
+        """See memory as equal rows and name those of a range: (tokens in a row, index [LG, HG, P, R]).
 
         A row is the longest run of tokens that never crosses a block's border or the range's: a whole block when the
         range is block aligned, one token when it is not aligned at all.
@@ -141,7 +145,17 @@ class Arena:
         start_R = columns_B[row_R // rows_per_block] * self._stretch_LHP.size * rows_per_block + row_R % rows_per_block
         start_LHP = self._stretch_LHP[slice(*layers), slice(*heads)] * rows_per_block
         index_LHPR = start_LHP[..., None] + start_R  # the one large sum: numpy gives up the GIL for each of them
-        return self.bytes_CLHPSX.reshape(-1, row_tokens * self._head_bytes), index_LHPR
+        return row_tokens, index_LHPR
+
+    def _rows(self, row_tokens: int) -> Bytes:
+        """The whole buffer as rows of so many tokens of one (column, layer, head, part): [N, row bytes]."""
+        rows: Bytes = self.bytes_CLHPSX.reshape(-1, row_tokens * self._head_bytes)
+        return rows
+
+    @staticmethod
+    def _require_data(data_LHPTX: Bytes, shape: tuple[int, ...]) -> None:
+        if data_LHPTX.shape != shape or data_LHPTX.dtype != np.uint8:
+            raise ValueError(f"data must be uint8 {shape}, got {data_LHPTX.dtype} {data_LHPTX.shape}")
 
     def _fill(self, columns: Sequence[int], value: int) -> None:
         self._require_columns(columns)

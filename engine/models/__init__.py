@@ -1,2 +1,2 @@
-"""Models: what a checkpoint folder says (`info`, torch-free), how it gets there and into memory (`checkpoint`), and the
-little that model families do differently (`family`). No model code of our own: the layers are transformers'."""
+"""Models: which folder a name means (`resolve`), what the folder says (`info`), how it becomes a module (`checkpoint`),
+and how that is made fast (`packing`). Nothing here is written for one family: modules are transformers'."""

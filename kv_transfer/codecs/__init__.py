@@ -29,6 +29,9 @@ from engine.kv.schema import Stream
 RAW = "raw"
 """The codec that every worker has, for every stream: what is fallen back to, never to an error (DESIGN 2.6)."""
 
+EXACT = ""
+"""The identity of KV that is just as it was computed (`identity_of`)."""
+
 Payload = bytes | memoryview
 
 
@@ -103,6 +106,21 @@ def choose(wanted: str, offered_by_peer: Sequence[str], stream: Stream) -> str:
     """The codec to use for a stream: the wanted one if both ends have it and it takes the dtype, else `raw`."""
     shared = wanted in offered_by_peer and wanted in codecs
     return wanted if shared and stream.dtype in codecs.get(wanted).dtypes else RAW
+
+
+def identity_of(name: str, level: int) -> str:
+    """What KV is once it has come through this codec: `EXACT`, or a text that no other codec or level has.
+
+    Lossy KV is never taken for exact, nor for another loss (DESIGN 4). What is not installed here may lose anything.
+    """
+    exact = name in codecs and codecs.get(name).lossless
+    return EXACT if exact else f"{name}/{level}"
+
+
+def codec_of(identity: str) -> tuple[str, int]:
+    """(codec, level) that KV of this identity came through."""
+    name, _, level = identity.partition("/")
+    return (RAW, 0) if identity == EXACT else (name, int(level))
 
 
 def encode_or_raw(name: str, atom: Atom, level: int) -> tuple[str, int, Payload]:

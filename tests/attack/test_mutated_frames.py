@@ -55,6 +55,7 @@ LAYOUT = {
     "raw_bytes": (104, "<I"),
     "reserved": (108, "<I"),
 }
+END = End(branches=((5, 6), (), (7,)), frames=3, digest=11)  # the second choice is over
 NUMBERS = [name for name, (_, form) in LAYOUT.items() if not form.endswith("s")]
 
 
@@ -87,7 +88,7 @@ def end_frame(dice: random.Random) -> bytes:
     header = FrameHeader(
         kind=FrameKind.END, transfer_id=dice.randbytes(16), epoch=1, sequence=4, schema_digest=SCHEMA.digest
     )
-    return frames.seal(header, [frames.serialize_end(End(branches=((5, 6), (7,)), frames=3, digest=11))])
+    return frames.seal(header, [frames.serialize_end(END)])
 
 
 def receive(data: bytes, arena: Arena) -> object:
@@ -184,7 +185,7 @@ def test_the_undamaged_frames_are_placed() -> None:
         assert frames.parse_header_untrusted(data).codec == codec
         assert receive(data, arena) == frames.checksum_of(data)
     assert arena.array.any()
-    assert receive(end_frame(dice), arena) == End(branches=((5, 6), (7,)), frames=3, digest=11)
+    assert receive(end_frame(dice), arena) == END
 
 
 # -- forgery -----------------------------------------------------------------------------------------------------------
@@ -256,6 +257,30 @@ def test_tokens_beyond_the_table_are_refused() -> None:
     with pytest.raises(FrameError, match="range"):
         receive(reseal(moved), arena)
     assert not arena.array.any()
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        (0,),  # no branch, and no token
+        (0, 5),  # no branch, and a token
+        (1, 0),  # nothing to go on from
+        (2, 0, 0),
+        (2, 0, 0, 5),  # a token that is nobody's
+        (2, 1, 0),  # a token that is not there
+        (2, 0, 0xFFFF_FFFF, 5),
+        (2, 1, 0xFFFF_FFFF, 5),  # 1 if lengths were added in 32 bits
+        (3, 5),  # fewer lengths than branches
+        (limits.CHOICES_MAX + 1, *[0] * limits.CHOICES_MAX, 1, 5),  # more choices than anybody may ask for
+        (0xFFFF_FFFF, *[0] * 1_000, 1, 5),
+    ],
+)
+def test_a_sealed_end_that_contradicts_itself_is_refused(numbers: tuple[int, ...]) -> None:
+    header = frames.parse_header_untrusted(end_frame(random.Random(1)))
+    body = struct.pack(f"<QI{len(numbers)}I", 0, 0, *numbers)
+    data = frames.seal(replace(header, payload_bytes=0), [body])
+    with pytest.raises(FrameError, match="payload"):
+        receive(data, new_arena())
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import pytest
 
 from control_plane.options import (
     ControllerOptions,
+    Device,
     EngineOptions,
     ExecutorKind,
     OptionError,
@@ -27,6 +28,11 @@ WORKER = WorkerOptions(name="p", roles=frozenset({Role.PREFILL}), controller="12
         ({"max_model_len": 1}, "max-model-len"),
         ({"kv_cache_mib": 0}, "kv-cache-mib"),
         ({"model": "oracle"}, "executor"),
+        ({"codec": "int7"}, "codec"),
+        ({"batching": "serathi"}, "batching"),
+        ({"tbt_slo_ms": 0.0}, "tbt-slo-ms"),
+        ({"tbt_slo_ms": float("nan")}, "tbt-slo-ms"),
+        ({"model": "oracle", "executor": ExecutorKind.ORACLE, "device": Device.CUDA}, "device"),
     ],
 )
 def test_an_engine_refuses(given: dict[str, Any], option: str) -> None:

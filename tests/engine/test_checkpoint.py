@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import CONFIG_MAPPING, GPT2Config
 
 from engine.base.errors import DeadlineExceeded, InvalidArgument
 from engine.models import checkpoint
 from engine.models.checkpoint import default_cache_dir, ensure_default_model, load_model
-from engine.models.info import describe, schema_for
-from tests.engine.tiny_models import HEAD_DIM, KV_HEADS, LAYERS, VOCAB, tiny_config, tiny_model
+from engine.models.info import _HEAD_DIMS, _head_dim, describe, schema_for
+from tests.engine.tiny_models import FAMILIES, HEAD_DIM, KV_HEADS, LAYERS, VOCAB, WINDOW, tiny_config, tiny_model
 
 Edit = Callable[[str, dict[str, Any]], None]
 
@@ -82,6 +84,73 @@ def test_heads_and_head_dim_have_defaults(folder: Path, edit: Edit) -> None:
     edit("config.json", {"num_key_value_heads": None, "head_dim": None})
     info = describe(folder)
     assert (info.kv_heads, info.head_dim) == (6, 8)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_folder_says_is_what_the_model_is(family: str, tmp_path: Path) -> None:
+    """KV heads and head dim of every family, from its saved configuration alone."""
+    model = tiny_model(tiny_config(family))
+    model.save_pretrained(tmp_path)
+    info = describe(tmp_path)
+    keys_HTD = model(torch.tensor([[1, 2]]), use_cache=True).past_key_values.layers[0].keys[0]
+    assert (info.kv_heads, info.head_dim, info.layers) == (keys_HTD.shape[0], keys_HTD.shape[2], LAYERS)
+    assert info.window_tokens == (WINDOW if family in {"mistral", "phi3", "gemma2", "gemma3", "mixtral"} else None)
+    assert info.experts == (4 if family in {"mixtral", "qwen3_moe", "olmoe"} else 0)
+
+
+@pytest.mark.parametrize("family", sorted(_HEAD_DIMS))
+def test_a_family_with_a_head_dim_of_its_own_needs_none_in_its_file(family: str) -> None:
+    config = CONFIG_MAPPING[family]().to_dict()
+    assert _head_dim({key: value for key, value in config.items() if key != "head_dim"}) == config["head_dim"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "window"),
+    [
+        ({"sliding_window": 32}, 32),
+        ({"sliding_window": 32, "use_sliding_window": False}, None),
+        ({"sliding_window": 32, "layer_types": ["full_attention"] * 3}, None),
+        ({"sliding_window": 32, "layer_types": ["full_attention", "sliding_attention"]}, 32),
+    ],
+)
+def test_a_window_counts_only_if_a_layer_has_it(
+    changes: dict[str, Any], window: int | None, folder: Path, edit: Edit
+) -> None:
+    edit("config.json", changes)
+    assert describe(folder).window_tokens == window
+
+
+def test_gpt2s_own_names_are_known(tmp_path: Path) -> None:
+    tiny_model(GPT2Config(vocab_size=VOCAB, n_embd=48, n_layer=2, n_head=6, n_positions=64)).save_pretrained(tmp_path)
+    info = describe(tmp_path)
+    assert (info.layers, info.kv_heads, info.head_dim, info.max_model_len) == (2, 6, 8, 64)
+
+
+def test_heads_may_share_one_kv_head(folder: Path, edit: Edit) -> None:
+    edit("config.json", {"multi_query": True})
+    assert describe(folder).kv_heads == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"vision_config": {}, "text_config": {}}, "llama: a model of images or sound; only text models are served"),
+        ({"is_encoder_decoder": True}, "only decoder-only models are served"),
+        ({"kv_lora_rank": 512}, "caches a latent instead of keys and values"),
+        ({"num_key_value_heads": [2, 4, 2]}, "its layers differ in KV heads"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "layers of type 'linear_attention'"),
+        ({"layer_types": ["chunked_attention"]}, "layers of type 'chunked_attention'"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "rope type 'longrope' depends on the length of a call"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "dynamic"}}}, "rope type 'dynamic'"),
+    ],
+)
+def test_what_a_configuration_rules_out_is_refused_with_the_reason(
+    changes: dict[str, Any], reason: str, folder: Path, edit: Edit
+) -> None:
+    edit("config.json", changes)
+    with pytest.raises(InvalidArgument, match=reason):
+        describe(folder)
 
 
 def test_the_fingerprint_ignores_who_saved_the_folder_and_where(folder: Path, edit: Edit) -> None:
@@ -237,6 +306,20 @@ def test_loading_widens_and_never_rounds(dtype: str, folder: Path) -> None:
 def test_a_dtype_that_no_model_is_served_in_is_refused(folder: Path) -> None:
     with pytest.raises(InvalidArgument, match="float32, bfloat16, float16, got 'uint8'"):
         load_model(folder, "uint8")
+
+
+def test_weights_that_are_missing_are_not_made_up(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if "layers.1.mlp" not in name}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InvalidArgument, match=r"lacks the weights model.layers.1.mlp.down_proj.weight, .*gate_proj"):
+        load_model(folder, "float32")
+
+
+def test_a_model_type_that_transformers_does_not_know_is_refused(folder: Path, edit: Edit) -> None:
+    edit("config.json", {"model_type": "abacus"})
+    with pytest.raises(InvalidArgument, match=r"cannot load .*abacus"):
+        load_model(folder, "float32")
 
 
 def test_two_loads_share_no_configuration(folder: Path) -> None:

@@ -4,8 +4,14 @@ import numpy as np
 import pytest
 
 from engine.base.failpoints import InjectedFault
-from engine.commands import SequenceSlice, StepPlan
-from engine.executors.oracle import OracleExecutor, oracle_schema, reference_tokens
+from engine.commands import SequenceSlice, StepOutput, StepPlan
+from engine.executors.oracle import (
+    OracleExecutor,
+    oracle_schema,
+    reference_output,
+    reference_prompt_logprobs,
+    reference_tokens,
+)
 from engine.kv.arena import Arena
 from engine.types import SamplingParams
 
@@ -26,10 +32,30 @@ class Rig:
         self.sampling = sampling
 
     def run(self, token_ids: tuple[int, ...], start: int, sample_position: int | None = None) -> int | None:
+        (pick,) = self.execute(token_ids, start, sample_position).tokens.get(1, (None,))
+        return pick and pick.token_id
+
+    def execute(
+        self,
+        token_ids: tuple[int, ...],
+        start: int,
+        sample_position: int | None = None,
+        choices: tuple[int, ...] = (0,),
+    ) -> StepOutput:
         piece = SequenceSlice(
-            1, token_ids, start, self.table, self.sampling, sample_position, len(token_ids) > 1, self.tenant
+            1,
+            token_ids,
+            start,
+            self.table,
+            self.sampling,
+            sample_position,
+            len(token_ids) > 1,
+            self.tenant,
+            choices,
+            PROMPT,
+            len(PROMPT),
         )
-        return self.executor.execute(StepPlan(1, (piece,)), lambda start, end: None).tokens.get(1)
+        return self.executor.execute(StepPlan(1, (piece,)), lambda start, end: None)
 
     def generate(self, count: int) -> tuple[int, ...]:
         tokens = [self.run(PROMPT, 0, 0)]
@@ -73,6 +99,43 @@ def test_tenants_prompts_seeds_and_positions_give_other_tokens() -> None:
         *(expected(6, config, sampling=sampling) for sampling in seeded),
     }
     assert len(outputs) == 5
+
+
+def test_each_choice_has_its_own_luck() -> None:
+    rig = Rig(sampling=SamplingParams(seed=7))
+    picks = rig.execute(PROMPT, 0, 0, choices=(0, 1, 4)).tokens[1]
+    right = [reference_tokens(PROMPT, "", rig.sampling, 1, rig.config, choice)[0] for choice in (0, 1, 4)]
+    assert [pick.token_id for pick in picks] == right
+    assert len(set(right)) == 3
+
+
+def test_log_probabilities_are_those_of_the_reference() -> None:
+    rig = Rig(sampling=SamplingParams(seed=7, logprobs=3))
+    (pick,) = rig.execute(PROMPT, 0, 0).tokens[1]
+    assert (pick,) == reference_output(PROMPT, "", rig.sampling, 1, rig.config)
+    assert pick.logprobs is not None and len(pick.logprobs.top) == 3
+    assert rig.execute(PROMPT, 0, 0).prompt_logprobs == {}
+    assert reference_output(PROMPT, "", SamplingParams(seed=7), 1, rig.config)[0].logprobs is None
+
+
+def test_a_log_probability_is_in_its_own_top_or_below_it() -> None:
+    sampling = SamplingParams(logprobs=2)
+    found = 0
+    for pick in reference_output(PROMPT, "", sampling, 40, OracleExecutor.Config()):
+        scores = pick.logprobs
+        assert scores is not None and [place for _, place in scores.top] == sorted([-0.25, -0.5], reverse=True)
+        assert ((pick.token_id, scores.logprob) in scores.top) == (scores.rank <= 2)
+        found += scores.rank <= 2
+    assert 0 < found < 40
+
+
+def test_prompt_log_probabilities_do_not_depend_on_chunks() -> None:
+    sampling = SamplingParams(temperature=0.0, prompt_logprobs=1)
+    rig = Rig(sampling=sampling)
+    scores = [rig.execute(PROMPT[start:end], start).prompt_logprobs[1] for start, end in ((0, 3), (3, 8), (8, 11))]
+    assert [len(part) for part in scores] == [3, 5, 2]
+    assert sum(scores, ()) == reference_prompt_logprobs(PROMPT, "", 1, rig.config)
+    assert sum(scores, ()) != reference_prompt_logprobs(PROMPT, "other", 1, rig.config)
 
 
 def test_greedy_ignores_the_seed() -> None:
@@ -141,5 +204,5 @@ def test_trusted_rows_are_read_again_for_a_sequence_that_is_not_known() -> None:
     rig.run(PROMPT, 0)
     stranger = OracleExecutor(rig.arena, rig.config)
     piece = SequenceSlice(1, (99,), len(PROMPT), rig.table, GREEDY, 1, False)
-    token = stranger.execute(StepPlan(1, (piece,)), lambda start, end: None).tokens[1]
-    assert token == reference_tokens((*PROMPT, 99), "", GREEDY, 1, rig.config)[0]
+    (pick,) = stranger.execute(StepPlan(1, (piece,)), lambda start, end: None).tokens[1]
+    assert pick.token_id == reference_tokens((*PROMPT, 99), "", GREEDY, 1, rig.config)[0]

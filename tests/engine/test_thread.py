@@ -86,7 +86,7 @@ def test_generates_the_reference_and_ends_quiet() -> None:
         events = rig.until(finished)
         rig.thread.post(Release(seq_id=1))
         rig.until_idle()
-    first = [event.token_id for event in events if isinstance(event, Prefilled)]
+    first = [event.tokens[0].token_id for event in events if isinstance(event, Prefilled)]
     rest = [token.token_id for event in events if isinstance(event, TokensSampled) for token in event.tokens]
     sampling = SamplingParams(temperature=0.0)
     assert (*first, *rest) == reference_tokens(PROMPT, "", sampling, 4, ORACLE)

@@ -5,7 +5,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Olmo2Config,
+    OlmoeConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from engine.commands import SequenceSlice, StepPlan
 from engine.kv.arena import Arena
@@ -16,13 +29,38 @@ from engine.types import SamplingParams
 VOCAB = 97
 LAYERS = 3
 HEADS, KV_HEADS, HEAD_DIM = 6, 2, 8
-FAMILIES: dict[str, Any] = {
-    "llama": LlamaConfig,
-    "mistral": MistralConfig,
-    "qwen2": Qwen2Config,
-    "qwen3": Qwen3Config,
-}
+WINDOW = 8  # of the families that have one: shorter than every prompt that tests them
 GREEDY = SamplingParams(temperature=0.0)
+
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_ALTERNATING = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": WINDOW}
+# Configuration class and what makes the family special. Large soft caps would change nothing.
+FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "llama": (LlamaConfig, {}),
+    "mistral": (MistralConfig, {"sliding_window": WINDOW}),
+    "qwen2": (Qwen2Config, {}),
+    "qwen3": (Qwen3Config, {}),
+    "phi3": (Phi3Config, {"sliding_window": WINDOW}),
+    "olmo2": (Olmo2Config, {}),
+    "gemma2": (
+        Gemma2Config,
+        {**_ALTERNATING, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0},
+    ),
+    "gemma3": (
+        Gemma3TextConfig,
+        {
+            **_ALTERNATING,
+            "query_pre_attn_scalar": 24,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+                "full_attention": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0},
+            },
+        },
+    ),
+    "mixtral": (MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW}),
+    "qwen3_moe": (Qwen3MoeConfig, {"num_experts": 4, **_EXPERTS}),
+    "olmoe": (OlmoeConfig, {"num_experts": 4, **_EXPERTS}),
+}
 
 
 def tiny_config(family: str = "llama", **overrides: Any) -> Any:
@@ -41,8 +79,10 @@ def tiny_config(family: str = "llama", **overrides: Any) -> Any:
         "eos_token_id": None,
         "bos_token_id": None,
         "pad_token_id": None,
+        "tie_word_embeddings": False,  # Gemma's scaled embeddings would predict the token that was fed
     }
-    return FAMILIES[family](**(settings | overrides))
+    config_class, special = FAMILIES[family]
+    return config_class(**(settings | special | overrides))
 
 
 def tiny_model(config: Any = None, seed: int = 0) -> Any:
@@ -52,9 +92,16 @@ def tiny_model(config: Any = None, seed: int = 0) -> Any:
         return AutoModelForCausalLM.from_config(config or tiny_config(), attn_implementation="eager").eval()
 
 
-def tiny_arena(columns: int = 64, block_size: int = 4) -> Arena:
+def tiny_arena(columns: int = 64, block_size: int = 4, config: Any = None, dtype: str = "float32") -> Arena:
     """Every number in it is NaN, so a token that nobody wrote and somebody reads spoils the logits."""
-    stream = Stream(name="kv", layers=LAYERS, heads=KV_HEADS, head_dim=HEAD_DIM, dtype="float32")
+    config = config or tiny_config()
+    stream = Stream(
+        name="kv",
+        layers=config.num_hidden_layers,
+        heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        dtype=dtype,
+    )
     arena = Arena(CacheSchema("tiny", (stream,)), columns=columns, block_size=block_size)
     arena.poison(range(columns))
     return arena
@@ -110,7 +157,7 @@ def scattered_tables(arena: Arena, blocks: int, count: int) -> list[tuple[int, .
 def step(runner: ModelRunner, pieces: Sequence[tuple[Running, int]], on_layers: Any = None) -> torch.Tensor:
     """Run (sequence, tokens at most) together; append the greedy tokens; logits of the slices that sampled."""
     slices = [sequence.slice(tokens_max) for sequence, tokens_max in pieces]
-    logits_NV = runner.run(StepPlan(0, tuple(slices)), on_layers or (lambda start, end: None))
+    logits_NV = runner.run(StepPlan(0, tuple(slices)), on_layers or (lambda start, end: None)).sampled_NV
     rows = iter(logits_NV)
     for (sequence, _), piece in zip(pieces, slices, strict=True):
         sequence.fed(piece)

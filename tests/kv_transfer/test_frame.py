@@ -169,6 +169,14 @@ def test_a_refusal_says_why(refusal: TransferRefusal) -> None:
     assert frames.parse_refusal_untrusted(frames.payload_of(data)) is refusal
 
 
+@pytest.mark.parametrize(
+    ("name", "fits"),
+    [("", True), ("raw", True), ("a" * 16, True), ("a" * 17, False), ("Raw", False), ("a/0", False), ("raw\0", False)],
+)
+def test_what_a_codec_may_be_called(name: str, fits: bool) -> None:
+    assert frames.fits_codec_name(name) == fits
+
+
 @pytest.mark.parametrize("payload", [b"", b"\1", b"\0\0", b"\xff\xff", b"\1\0\0"])
 def test_an_unknown_refusal_is_no_refusal(payload: bytes) -> None:
     with pytest.raises(FrameError, match="payload"):
@@ -177,7 +185,7 @@ def test_an_unknown_refusal_is_no_refusal(payload: bytes) -> None:
 
 # -- END ---------------------------------------------------------------------------------------------------------------
 tokens = st.integers(0, (1 << 32) - 1)
-branches = st.lists(st.lists(tokens, min_size=1, max_size=5).map(tuple), min_size=1, max_size=4).map(tuple)
+branches = st.lists(st.lists(tokens, max_size=5).map(tuple), min_size=1, max_size=4).map(tuple).filter(any)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -197,8 +205,16 @@ def test_an_end_of_another_length_is_refused(branches: tuple[tuple[int, ...], ..
             frames.parse_end_untrusted(changed)
 
 
-@pytest.mark.parametrize("branches", [(), ((),), ((1, 2), ())])
-def test_an_end_without_a_token_to_go_on_from_is_refused(branches: tuple[tuple[int, ...], ...]) -> None:
+@pytest.mark.parametrize("branches", [((1, 2), ()), ((), (1,)), ((),) * (limits.CHOICES_MAX - 1) + ((1,),)])
+def test_a_choice_that_is_over_has_an_empty_branch(branches: tuple[tuple[int, ...], ...]) -> None:
+    end = End(branches=branches, frames=1, digest=2)
+    assert frames.parse_end_untrusted(frames.serialize_end(end)) == end
+
+
+@pytest.mark.parametrize("branches", [(), ((),), ((), ()), ((),) * limits.CHOICES_MAX + ((1,),)])
+def test_an_end_without_a_token_to_go_on_from_or_with_too_many_choices_is_refused(
+    branches: tuple[tuple[int, ...], ...],
+) -> None:
     with pytest.raises(FrameError, match="payload"):
         frames.parse_end_untrusted(frames.serialize_end(End(branches=branches, frames=1, digest=2)))
 

@@ -18,6 +18,7 @@ import httpx
 from control_plane.options import EngineOptions, ExecutorKind, LogLevel
 from deploy.local import LocalCluster
 from deploy.options import ServeOptions
+from engine.base import limits
 from engine.executors.oracle import OracleExecutor, reference_tokens
 from engine.executors.paced import smollm2_schema
 from engine.types import SamplingParams
@@ -72,13 +73,14 @@ class Prompt:
     sampling: SamplingParams
     expected: tuple[int, ...]
 
-    def body(self) -> dict[str, Any]:
+    def body(self, **fields: Any) -> dict[str, Any]:
         return {
             "prompt": list(self.token_ids),
             "max_tokens": self.sampling.max_tokens,
             "temperature": self.sampling.temperature,
             "seed": self.sampling.seed,
             "stream": True,
+            **fields,
         }
 
 
@@ -135,6 +137,27 @@ async def ask(client: httpx.AsyncClient, url: str, prompt: Prompt, *, leave_afte
     return answer
 
 
+async def complete(client: httpx.AsyncClient, running: LocalCluster, body: Mapping[str, Any]) -> dict[str, Any]:
+    """One completion in one piece: the whole JSON value."""
+    response = await client.post(f"{running.url}/v1/completions", json=body, timeout=REQUEST_TIMEOUT_S)
+    assert response.status_code == httpx.codes.OK, response.text
+    value: dict[str, Any] = response.json()
+    return value
+
+
+async def chunks(
+    client: httpx.AsyncClient, running: LocalCluster, body: Mapping[str, Any]
+) -> AsyncIterator[dict[str, Any]]:
+    """One completion as it is streamed: every event's JSON value. Close it to leave."""
+    address = f"{running.url}/v1/completions"
+    async with client.stream("POST", address, json=body, timeout=REQUEST_TIMEOUT_S) as response:
+        assert response.status_code == httpx.codes.OK, await response.aread()
+        async for line in response.aiter_lines():
+            data = line.removeprefix("data: ")
+            if data and data != "[DONE]":
+                yield json.loads(data)
+
+
 def _take(answer: Answer, data: str) -> None:
     if data == "[DONE]":
         answer.done = True
@@ -171,6 +194,13 @@ def verdict(prompt: Prompt, answer: Answer) -> str:
     return "right" if whole else "cut off"
 
 
+async def metric(client: httpx.AsyncClient, running: LocalCluster, name: str) -> float:
+    """The router's, without labels."""
+    lines = (await client.get(f"{running.admin_url}/metrics")).text.splitlines()
+    (value,) = (line.removeprefix(f"{name} ") for line in lines if line.startswith(f"{name} "))
+    return float(value)
+
+
 async def workers(client: httpx.AsyncClient, running: LocalCluster) -> dict[str, dict[str, Any]]:
     """`GET /admin/v1/workers` by name."""
     response = await client.get(f"{running.admin_url}/admin/v1/workers")
@@ -200,6 +230,13 @@ async def wait_quiet(client: httpx.AsyncClient, running: LocalCluster) -> dict[s
 
     await until(quiet, lambda: f"connected {sorted(seen)}, busy {busy(seen)}", QUIET_TIMEOUT_S)
     return seen
+
+
+async def settle(client: httpx.AsyncClient, running: LocalCluster) -> dict[str, dict[str, Any]]:
+    """Quiet, and the workers have said so: what is known of them is up to a heartbeat old."""
+    await wait_quiet(client, running)
+    await asyncio.sleep(2 * limits.HEARTBEAT_MS / 1_000)
+    return await wait_quiet(client, running)
 
 
 async def until(

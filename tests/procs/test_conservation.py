@@ -10,8 +10,7 @@ import httpx
 import pytest
 
 from deploy.local import LocalCluster
-from engine.base import limits
-from tests.procs.harness import Answer, ask, cluster, oracle_prompt, until, verdict, wait_quiet, workers
+from tests.procs.harness import Answer, ask, cluster, metric, oracle_prompt, settle, until, verdict, wait_quiet, workers
 
 REQUESTS = 1_000
 LEAVERS = 200
@@ -36,21 +35,13 @@ async def ask_or_leave(client: httpx.AsyncClient, running: LocalCluster, seed: i
     return "wrong" if verdict(prompt, answer) == "wrong" else "left"
 
 
-async def gauge(client: httpx.AsyncClient, running: LocalCluster, name: str) -> float:
-    lines = (await client.get(f"{running.admin_url}/metrics")).text.splitlines()
-    (value,) = (line.removeprefix(f"{name} ") for line in lines if line.startswith(f"{name} "))
-    return float(value)
-
-
 async def tasks_by_process(client: httpx.AsyncClient, running: LocalCluster) -> dict[str, int]:
     tasks = {name: int(worker["tasks"]) for name, worker in (await workers(client, running)).items()}
-    return tasks | {"router": int(await gauge(client, running, ROUTER_TASKS))}
+    return tasks | {"router": int(await metric(client, running, ROUTER_TASKS))}
 
 
 async def settled_tasks(client: httpx.AsyncClient, running: LocalCluster) -> dict[str, int]:
-    """Once all is quiet, and the workers have said so: what is known of them is up to a heartbeat old."""
-    await wait_quiet(client, running)
-    await asyncio.sleep(2 * limits.HEARTBEAT_MS / 1_000)
+    await settle(client, running)
     return await tasks_by_process(client, running)
 
 
@@ -90,4 +81,4 @@ async def test_nothing_is_left_after_a_thousand_requests_and_two_hundred_cancels
         assert verdicts["right"] == REQUESTS - LEAVERS
         assert verdicts["left"] == LEAVERS
         await check_tasks(client, running, before)
-        assert await gauge(client, running, "triptych_requests_in_flight") == 0
+        assert await metric(client, running, "triptych_requests_in_flight") == 0

@@ -5,9 +5,11 @@ Router: workers are called by their ids, the controller `controller`, clients by
     > router [requests_max=.. attempts_max=..]   starts the machine
     > cluster p1:prefill d1:decode ...           starts it with these workers, connected and serving (prints nothing)
     > up d1 / > lost d1 reason                   a link opens, is lost
-    > table term=2 p1:prefill d1:decode ...      the controller publishes
-    > d1: committed request=1 attempt=2          a worker says something; with gap=1 a sequence number is missing
-    > submit 1 tokens=1..8 max=4 / > cancel 1 / > shutdown
+    > table term=2 p1:prefill d1:decode ...      the controller publishes; optional: max_len= block= (tokens in a block)
+    > d1: committed request=1 attempt=2          a worker says something; with gap=1 a sequence number is missing, and
+                                                 logprobs=-1,-2 are of so many tokens, each the likeliest
+    > submit 1 tokens=1..8 max=4 / > cancel 1 / > stop 1 choice=1 / > reset_cache / > shutdown
+                                                 submit also: n= priority= tenant= logprobs= scores= deadline_ms=
     > requests / > workers / > counters          what the router believes
 
 Controller: peers are called as they introduce themselves.
@@ -17,15 +19,18 @@ Controller: peers are called as they introduce themselves.
     > w1: register info.worker=w1 ...            a message; > again w1#2 worker is a second link of the same sender
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 from control_plane.controller.core import Config as ControllerConfig
 from control_plane.controller.core import ControllerCore
 from control_plane.router.core import CONTROLLER, Config, RouterCore, StopAdmitting
-from control_plane.router.requests import Cancel, Ended, Submit, TokensReady
+from control_plane.router.requests import Cancel, Ended, PromptScored, ResetCache, Stop, Submit, TokensReady
 from control_plane.router.workers import LINK_PREFIX
 from control_plane.wire import session_pb2 as pb
 from control_plane.wire.session import Session, parse_hello_untrusted
 from engine.base.machine import Close, Dial, LinkLost, LinkUp, Received, Send, Started
-from engine.types import SamplingParams
+from engine.types import SamplingParams, TokenLogprobs
 from tests.scenarios.runner import Script, Words
 from tests.scenarios.words import Names, fill, read_numbers, write_envelope, write_numbers
 
@@ -53,14 +58,14 @@ class RouterScript(Script):
 
     # -- commands ------------------------------------------------------------------------------------------------------
     def do_router(self, words: Words) -> list[str]:
-        sizes = {key: int(value) for key, value in words.keyed.items()}
+        sizes = {key: int(value) for key, value in words.keyed.items() if key != "block"}
         self.machine = RouterCore(Config(router_id="r1", controller_address="controller:50051", **sizes))  # type: ignore[arg-type]
         return self.step(Started())
 
     def do_cluster(self, words: Words) -> list[str]:
         self.do_router(Words([], words.keyed))
         self.do_up(Words([CONTROLLER]))
-        self.do_table(Words(words.plain, {"term": "1"}))
+        self.do_table(Words(words.plain, {"term": "1", "block": words.keyed.get("block", "0")}))
         for worker_id, roles, _ in map(_worker, words.plain):
             self.do_up(Words([worker_id]))
             self.said(
@@ -89,6 +94,7 @@ class RouterScript(Script):
                 state="SERVING",
                 roles=roles.split(","),
                 schema_digest=digest,
+                block_size_tokens=int(words.keyed.get("block", 0)),
                 total_columns=100,
                 max_model_len=int(words.keyed.get("max_len", 0)),
                 codecs=["raw"],
@@ -103,8 +109,10 @@ class RouterScript(Script):
             self.peers[link].seal(pb.WorkerToRouter())  # sealed and never sent
         if "garbage" in fields:
             return self.step(Received(link, b"\xff\xff"))
+        logprobs = [float(text) for text in fields.pop("logprobs", "").split(",") if text]
         for kind in words.plain:
             getattr(envelope, kind).SetInParent()
+            _add_logprobs(getattr(envelope, kind), logprobs)
             fill(getattr(envelope, kind), fields, self.names)
         return self._receive(link, envelope)
 
@@ -112,17 +120,32 @@ class RouterScript(Script):
         return self.step(Received(link, self.peers[link].seal(envelope)))
 
     def do_submit(self, words: Words) -> list[str]:
-        sampling = SamplingParams(temperature=0.0, max_tokens=int(words.keyed.get("max", 4)))
+        asked = {key: int(value) for key, value in words.keyed.items() if key not in ("tokens", "tenant")}
+        sampling = SamplingParams(
+            temperature=0.0,
+            max_tokens=asked.get("max", 4),
+            logprobs=asked.get("logprobs"),
+            prompt_logprobs=asked.get("scores"),
+        )
         submit = Submit(
             key=int(words.plain[0]),
             token_ids=read_numbers(words.keyed["tokens"]),
             sampling=sampling,
-            deadline_ms=int(words.keyed.get("deadline_ms", 0)),
+            tenant=words.keyed.get("tenant", ""),
+            deadline_ms=asked.get("deadline_ms", 0),
+            choices=asked.get("n", 1),
+            priority=asked.get("priority", 0),
         )
         return self.step(submit)
 
     def do_cancel(self, words: Words) -> list[str]:
         return self.step(Cancel(int(words.plain[0])))
+
+    def do_stop(self, words: Words) -> list[str]:
+        return self.step(Stop(int(words.plain[0]), int(words.keyed.get("choice", 0))))
+
+    def do_reset_cache(self, _: Words) -> list[str]:
+        return self.step(ResetCache())
 
     def do_shutdown(self, _: Words) -> list[str]:
         return self.step(StopAdmitting())
@@ -148,8 +171,12 @@ class RouterScript(Script):
             for name, place in (("source", request.source), ("target", request.target))
             if place is not None
         ]
-        words = [str(request.submit.key), request.stage.value, *places, f"losses={request.losses}"]
-        return " ".join([*words, f"emitted={len(request.emitted)}"])
+        several = request.submit.choices > 1
+        words = [str(request.submit.key)]
+        words += [f"choice={','.join(map(str, request.choices))}"] if several else []
+        return " ".join(
+            [*words, request.stage.value, *places, f"losses={request.losses} emitted={len(request.emitted)}"]
+        )
 
     # -- actions -------------------------------------------------------------------------------------------------------
     def show(self, action: object) -> str | None:
@@ -161,19 +188,31 @@ class RouterScript(Script):
                 return f"{_name(link)} <- {write_envelope(self.peers[link].open_untrusted(kind, message), self.names)}"
             case Close(link, reason):
                 return f"close {_name(link)}: {reason}"
-            case TokensReady(key, token_ids):
-                assert key not in self.ended, "a token after the ending"
-                return f"client {key} <- tokens {write_numbers(token_ids)}"
+            case TokensReady():
+                return self._show_tokens(action)
+            case PromptScored(key, start, scores):
+                assert key not in self.ended, "scores after the ending"
+                return f"client {key} <- scores of [{start},{start + len(scores)}): {_write_scores(scores)}"
             case Ended():
                 return self._show_ended(action)
         raise AssertionError(f"no words for {action!r}")
+
+    def _show_tokens(self, ready: TokensReady) -> str:
+        assert ready.key not in self.ended, "a token after the ending"
+        choice = f".{ready.choice}" if ready.choice else ""
+        scores = f" logprobs {_write_scores(ready.logprobs)}" if ready.logprobs else ""
+        finish = f" ({ready.finish})" if ready.finish else ""
+        return f"client {ready.key}{choice} <- tokens {write_numbers(ready.token_ids)}{scores}{finish}"
 
     def _show_ended(self, ended: Ended) -> str:
         assert ended.key not in self.ended, "I1: one ending"
         self.ended.add(ended.key)
         assert (ended.finish is None) != (ended.error is None)
         if ended.error is None:
-            return f"client {ended.key} <- ended {ended.finish} attempts={ended.stats.attempts}"
+            stats = ended.stats
+            reused = f" cached={stats.cached_tokens}" if stats.cached_tokens else ""
+            reused += f" skipped={stats.skipped_tokens}" if stats.skipped_tokens else ""
+            return f"client {ended.key} <- ended {ended.finish} attempts={stats.attempts}{reused}"
         retry = f" (retry after {ended.error.retry_after_ms} ms)" if ended.error.retry_after_ms else ""
         return f"client {ended.key} <- ended {ended.error.status}: {ended.error.message}{retry}"
 
@@ -184,6 +223,17 @@ class RouterScript(Script):
             bound = sum(r.target is not None and r.target.worker == worker.id for r in requests)
             prefill = sum(r.prefill_load_tokens for r in requests if r.source and r.source.worker == worker.id)
             assert (worker.bound, worker.prefill_tokens) == (bound, prefill), f"{worker.id}: load is off"
+
+
+def _add_logprobs(message: Any, logprobs: list[float]) -> None:
+    """Of each token of a message, or of its only one."""
+    for logprob in logprobs:
+        entry = message.logprobs if isinstance(message, pb.FirstToken) else message.logprobs.add()
+        entry.logprob, entry.rank = logprob, 1
+
+
+def _write_scores(scores: Sequence[TokenLogprobs]) -> str:
+    return ",".join(f"{score.logprob:g}" for score in scores)
 
 
 def _link(name: str) -> str:

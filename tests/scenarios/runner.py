@@ -13,7 +13,8 @@ expected as firmly as any other outcome. Commands that every script has:
     > deadline       prints the machine's next deadline
 
 Protobuf fields are written `name=value`, nested ones `outer.name=value`; fields at zero are left out, as on the wire.
-Lists of numbers are abbreviated: `1..4,9` is 1, 2, 3, 4, 9. Half-open ranges are written `[0,4)`.
+Lists of numbers are abbreviated: `1..4,9` is 1, 2, 3, 4, 9. Half-open ranges are written `[0,4)`. A list of messages is
+said as `choices=7:0,8:1`, each message's fields in order, and shown as `choices=(request=7) choices=(...)`.
 
 What the commands of one machine mean is said in its script (`control_scripts`, `transfer_scripts`, `worker_script`).
 """

@@ -5,17 +5,21 @@ run when the script says so (`> done 1`), or fail then (`> done 1 error`); `cust
 
 Source:
 
-    > hold 1 columns=0,1 / > computed 1 layers=[0,4) tokens=[0,8) / > complete 1 tokens=100 / > drop 1
+    > hold 1 columns=0,1                       optional: final=4 identity=int8/0
+    > computed 1 layers=[0,4) tokens=[0,8) / > complete 1 tokens=100 / > drop 1
     > bind 1 to=d1 transfer=T1 attempt=2       optional: epoch= skip= codec=
     > d1: ack T1/0                             an answer; also nack, committed, refused
     > lost d1
 
 Target:
 
-    > open 1 columns=0,1 context=8             optional: skip= epoch=; prints the transfer's name
+    > open 1 columns=0,1 context=8             optional: skip= epoch= choices= identity=; prints the transfer's name
     > abort 1
     > p1: data T1/0 layers=[0,4) tokens=[0,8)  optional: epoch= schema= codec= heads= damaged=<field or payload>
-    > p1: end T1/1 tokens=100 frames=1         with the digest of all frames so far; of=0,1: of these; digest=wrong
+    > p1: end T1/1 tokens=100 frames=1         with the digest of all frames so far; of=0,1: of these; digest=wrong;
+                                               codec=int8: what the KV has come through
+
+Branches are written `tokens=100|101`; one that is empty, because its choice is over, `100||102`.
     > lost p1
 """
 
@@ -105,6 +109,7 @@ class TransferScript(Script):
         if header.kind is FrameKind.DATA:
             return self._data(header, words)
         if header.kind is FrameKind.END:
+            header = replace(header, codec=words.keyed.get("codec", "raw"))
             return frames.seal(header, [self._end(header, words)])
         if header.kind is FrameKind.REFUSED:
             refusal = TransferRefusal[rest[0].upper()]
@@ -180,24 +185,36 @@ class TransferScript(Script):
 
 
 def show_command(command: Any) -> str:
-    """What the engine is told."""
+    """What the engine is told. A branch is its sequence, choice and token."""
     match command:
         case commands.AddPrefill():
-            return f"prefill {command.seq_id} tokens={len(command.token_ids)} prompt={command.prompt_tokens}"
+            work = f"tokens={len(command.token_ids)} prompt={command.prompt_tokens}"
+            return " ".join([f"prefill {command.seq_id} {work}", *_unusual(command, choices=(0,))])
         case commands.Reserve():
-            return f"reserve {command.seq_id} context={command.context_tokens} growth={command.growth_tokens}"
+            work = f"context={len(command.token_ids)} growth={command.growth_tokens}"
+            return " ".join([f"reserve {command.seq_id} {work}", *_unusual(command, children=())])
         case commands.Activate():
-            tokens = write_numbers(command.token_ids)
-            return f"activate {command.seq_id} tokens={tokens} prompt={command.prompt_tokens}"
+            work = f"tokens={write_numbers(command.token_ids)} prompt={command.prompt_tokens}"
+            branches = [f"{branch.seq_id}:{branch.choice}:{branch.token_id}" for branch in command.branches]
+            return f"activate {command.seq_id} {work} branches={','.join(branches)}"
         case commands.MarkBound():
             return f"bound {command.seq_id}"
         case commands.DecodeHere():
-            return f"decode_here {command.seq_id}"
+            return " ".join([f"decode_here {command.seq_id}", *_unusual(command, children=())])
+        case commands.ResetCache():
+            return "reset_cache"
         case commands.Pause():
             return f"pause {command.seq_id}"
         case commands.Release():
             return f"release {command.seq_id}"
     raise AssertionError(f"no words for {command!r}")
+
+
+def _unusual(command: Any, **usual: tuple[int, ...]) -> list[str]:
+    """What is not said when it is as nearly always."""
+    lists = [(name, getattr(command, name)) for name, value in usual.items() if getattr(command, name) != value]
+    texts = [(name, getattr(command, name, None)) for name in ("tenant", "identity", "priority")]
+    return [f"{name}={write_numbers(value)}" for name, value in lists] + [f"{n}={text}" for n, text in texts if text]
 
 
 class SourceScript(TransferScript):
@@ -210,7 +227,12 @@ class SourceScript(TransferScript):
     def do_hold(self, words: Words) -> list[str]:
         seq_id = int(words.plain[0])
         self.custody.begin(seq_id)
-        self.machine.hold(seq_id, read_numbers(words.keyed["columns"]))
+        self.machine.hold(
+            seq_id,
+            read_numbers(words.keyed["columns"]),
+            final_tokens=int(words.keyed.get("final", 0)),
+            identity=words.keyed.get("identity", ""),
+        )
         return []
 
     def do_computed(self, words: Words) -> list[str]:
@@ -218,7 +240,7 @@ class SourceScript(TransferScript):
         return self.shown(self.machine.computed(int(words.plain[0]), layers, tokens, self.now_us))
 
     def do_complete(self, words: Words) -> list[str]:
-        branches = (read_numbers(words.keyed["tokens"]),)
+        branches = tuple(map(read_numbers, words.keyed["tokens"].split("|")))
         return self.shown(self.machine.complete(int(words.plain[0]), branches, self.now_us))
 
     def do_bind(self, words: Words) -> list[str]:
@@ -274,6 +296,8 @@ class TargetScript(TransferScript):
             skip_tokens=int(words.keyed.get("skip", 0)),
             context_tokens=int(words.keyed["context"]),
             epoch=int(words.keyed.get("epoch", 1)),
+            choices=int(words.keyed.get("choices", 1)),
+            identity=words.keyed.get("identity", ""),
         )
         return [f"transfer {self.names.write(transfer_id)}"]
 

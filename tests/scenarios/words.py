@@ -117,11 +117,22 @@ def fill(message: MessageT, fields: dict[str, str], names: Names) -> MessageT:
 
 
 def _set(owner: Any, descriptor: FieldDescriptor, text: str, names: Names) -> None:
+    if descriptor.is_repeated and descriptor.message_type:
+        _extend(getattr(owner, descriptor.name), descriptor.message_type.fields, text, names)
+        return
     value = _reader(descriptor, names)(text)
     if descriptor.is_repeated:
         getattr(owner, descriptor.name).extend(value)
     else:
         setattr(owner, descriptor.name, value)
+
+
+def _extend(messages: Any, fields: Any, text: str, names: Names) -> None:
+    """ "7:0,8:1": two messages, their fields in order."""
+    for item in text.split(","):
+        message = messages.add()
+        for field, value in zip(fields, item.split(":"), strict=False):
+            _set(message, field, value, names)
 
 
 def _reader(descriptor: FieldDescriptor, names: Names) -> Callable[[str], Any]:
@@ -157,6 +168,7 @@ def write_frame(data: bytes, names: Names) -> str:
     if header.kind is FrameKind.END:
         end = frames.parse_end_untrusted(frames.payload_of(data))
         words += [f"tokens={'|'.join(map(write_numbers, end.branches))}", f"frames={end.frames}"]
+        words += [f"codec={header.codec}"] if header.codec != "raw" else []
     if header.kind is FrameKind.REFUSED:
         words.append(frames.parse_refusal_untrusted(frames.payload_of(data)).name.lower())
     return " ".join(words)

@@ -6,11 +6,14 @@ Links are called `controller`, `bulk/d2` (we send KV there), and by their sender
     > up controller / > up bulk/d2              a link that the worker dialled is open
     > up r1 router / > up p2 source             somebody dials the worker; optional: version= garbage=1
     > lost r1
-    > r1: prefill request=1 attempt=1 ...       a router's message; gap=1 leaves out a number, garbage=1 is no message
+    > r1: prefill request=1 attempt=1 ...       a router's message; gap=1 leaves out a number, garbage=1 is no message;
+                                                sampling is as by default where nothing else is said
     > p2: data T1/0 ... / > bulk/d2: ack T1/0   frames, as in `transfer_scripts`
     > controller: welcome term=1
-    > engine: admitted 1 columns=0,1 context=8  what the engine reports; also computed, prefilled, reserved, paused,
-                                                tokens 1@0=100 2@3=107/stop, failed
+    > engine: admitted 1 columns=0,1 context=8  what the engine reports; also computed, prefilled, scored, reserved,
+                                                paused, tokens 1@0=100 2@3=107/stop, failed
+
+The tokens of `prefilled` are written `tokens=0:100,2:101/stop`: choice, token, and why it is over.
     > drain 10000ms / > done 1 / > counters / > custody / > held
 """
 
@@ -21,9 +24,10 @@ from control_plane.agent.core import Config, Drain, Drained, WorkerCore
 from control_plane.agent.lease import CONTROLLER
 from control_plane.wire import session_pb2 as pb
 from control_plane.wire.session import Session
+from control_plane.wire.translate import sampling_to_wire
 from engine import commands
 from engine.base.machine import Close, Dial, EngineEvents, LinkLost, LinkUp, Received, Send, Started
-from engine.types import FinishReason, Role
+from engine.types import FinishReason, Role, SamplingParams, TokenLogprobs
 from tests.scenarios.control_scripts import write_hello
 from tests.scenarios.runner import Words, milliseconds
 from tests.scenarios.transfer_scripts import BLOCK_SIZE, COLUMNS, VOCAB_SIZE, TransferScript
@@ -102,6 +106,8 @@ class WorkerScript(TransferScript):
             self.sessions[speaker].seal(pb.RouterToWorker())  # sealed and never sent
         for body in words.plain:
             getattr(envelope, body).SetInParent()
+            if body in ("prefill", "reserve"):
+                getattr(envelope, body).sampling.CopyFrom(sampling_to_wire(SamplingParams()))
             fill(getattr(envelope, body), fields, self.names)
         return self.step(Received(_link(speaker), self.sessions[speaker].seal(envelope)))
 
@@ -142,10 +148,12 @@ def _engine_event(words: Words) -> Any:
     keyed = words.keyed
     seq_id = int(rest[0].split(",")[0]) if rest else 0
     columns = read_numbers(keyed["columns"]) if "columns" in keyed else None
-    finish = FinishReason(keyed["finish"]) if "finish" in keyed else None
     match kind:
         case "admitted":
-            return commands.Admitted(seq_id=seq_id, block_table=columns or (), context_tokens=int(keyed["context"]))
+            context_tokens, cached_tokens = int(keyed["context"]), int(keyed.get("cached", 0))
+            return commands.Admitted(
+                seq_id=seq_id, block_table=columns or (), context_tokens=context_tokens, cached_tokens=cached_tokens
+            )
         case "computed":
             (layer_start, layer_end), (token_start, token_end) = (
                 read_range(keyed["layers"]),
@@ -159,21 +167,34 @@ def _engine_event(words: Words) -> Any:
                 token_end=token_end,
             )
         case "prefilled":
-            return commands.Prefilled(seq_id=seq_id, token_id=int(keyed["token"]), finish=finish)
+            position = int(keyed.get("position", 0))
+            tokens = tuple(_first_token(seq_id, position, item) for item in keyed["tokens"].split(","))
+            return commands.Prefilled(seq_id=seq_id, tokens=tokens)
+        case "scored":
+            logprobs = tuple(TokenLogprobs(float(item), rank=1) for item in keyed["logprobs"].split(","))
+            return commands.PromptScored(seq_id=seq_id, start=int(keyed["start"]), logprobs=logprobs)
         case "reserved":
-            return commands.Reserved(seq_id=seq_id, block_table=columns)
+            return commands.Reserved(seq_id=seq_id, block_table=columns, cached_tokens=int(keyed.get("cached", 0)))
         case "tokens":
             return commands.TokensSampled(tokens=tuple(_token(*item) for item in keyed.items()))
         case "paused":
-            tokens = read_numbers(keyed["tokens"])
+            token_ids = read_numbers(keyed["tokens"])
             return commands.Paused(
-                seq_id=seq_id, token_ids=tokens, block_table=columns or (), preempted="preempted" in rest
+                seq_id=seq_id, token_ids=token_ids, block_table=columns or (), preempted="preempted" in rest
             )
         case "failed":
-            return commands.StepFailed(seq_ids=read_numbers(rest[0]), reason="step_raised")
+            return commands.StepFailed(seq_ids=read_numbers(rest[0]), reason=keyed.get("reason", "step_raised"))
         case "load":
             return commands.EngineLoad(**{name: int(value) for name, value in keyed.items()})  # type: ignore[arg-type]
     raise AssertionError(f"not an engine event: {kind}")
+
+
+def _first_token(seq_id: int, position: int, item: str) -> commands.SampledToken:
+    """ "100", "2:101/stop" """
+    choice, _, token = item.rpartition(":")
+    token_id, _, finish = token.partition("/")
+    reason = FinishReason(finish) if finish else None
+    return commands.SampledToken(seq_id, position, int(token_id), reason, choice=int(choice or 0))
 
 
 def _token(place: str, token: str) -> commands.SampledToken:

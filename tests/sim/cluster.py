@@ -17,7 +17,7 @@ from control_plane.agent.core import Drain, Drained, WorkerCore
 from control_plane.controller.core import ControllerCore
 from control_plane.router.core import Config as RouterConfig
 from control_plane.router.core import RouterCore
-from control_plane.router.requests import Cancel, Submit
+from control_plane.router.requests import Cancel, ResetCache, Stop, Submit
 from engine.base.virtual_host import VirtualWorld
 from kv_transfer.transports.memory import MemoryNetwork, MemoryTransport
 from tests.sim.history import Violation
@@ -111,7 +111,7 @@ class VirtualCluster:
         identity = self._mint_identity(name)
         core = self._build_core(name, identity)
         worker = self._shapes.get(name)
-        engine = WorkerEngine(self.world, transport.process, self.shape, worker.columns) if worker else None
+        engine = WorkerEngine(self.world, transport.process, self.shape, worker) if worker else None
         self._running[name] = Process(
             self.world,
             name,
@@ -177,6 +177,12 @@ class VirtualCluster:
     def cancel(self, key: int) -> None:
         self._tell(ROUTER, Cancel(key))
 
+    def stop(self, key: int, choice: int) -> None:
+        self._tell(ROUTER, Stop(key, choice))
+
+    def reset_cache(self) -> None:
+        self._tell(ROUTER, ResetCache())
+
     def _tell(self, name: str, event: Any) -> None:
         """As a message would: a frozen process hears of it when it wakes."""
         if process := self._running.get(name):
@@ -199,8 +205,9 @@ class VirtualCluster:
 
     def _check_router_quiet(self, router: RouterCore) -> None:
         """It has forgotten every request and every dead worker, and knows the living ones."""
-        if router.in_flight or router._queued_tokens:
-            raise Violation(f"I7: a router of {router.in_flight} requests and {router._queued_tokens} queued tokens")
+        held = (router.in_flight, len(router._requests), router._queue.tokens)
+        if any(held):
+            raise Violation(f"I7: a router of (submissions, requests at workers, queued tokens) {held}")
         busy = {worker.info.name: (worker.bound, worker.prefill_tokens) for worker in router.pool}
         if any(any(load) for load in busy.values()):
             raise Violation(f"I7: an idle router believes that workers are busy: {busy}")

@@ -65,6 +65,11 @@ class Drain:
 
 
 @dataclass(frozen=True, slots=True)
+class Forget:
+    """Somebody has all caches forgotten."""
+
+
+@dataclass(frozen=True, slots=True)
 class Ambush:
     """A fault at a moment that matters: when a worker comes by a failpoint for the `hits`-th time from now."""
 
@@ -74,7 +79,7 @@ class Ambush:
     fault: Kill | Freeze | Cut | Reset
 
 
-Fault: TypeAlias = Kill | Freeze | Cut | Reset | Mishap | Drain | Ambush
+Fault: TypeAlias = Kill | Freeze | Cut | Reset | Mishap | Drain | Forget | Ambush
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +134,7 @@ def _draw_noise(random: Random) -> Noise:
 
 def _draw_fault(random: Random, shape: Shape) -> Fault:
     workers = shape.names
-    match random.choice(("ambush", "ambush", "process", "process", "network", "network", "mishap", "drain")):
+    match random.choice(("ambush", "ambush", "process", "process", "network", "network", "mishap", "drain", "forget")):
         case "ambush":
             return _draw_ambush(random, workers)
         case "process":
@@ -138,6 +143,8 @@ def _draw_fault(random: Random, shape: Shape) -> Fault:
             return _draw_network_fault(random, *random.choice(_pairs(workers)))
         case "mishap":
             return Mishap(random.choice(("double", "overtake")), *random.choice(_pairs(workers, bulk=False)))
+        case "forget":
+            return Forget()
         case _:
             return Drain(random.choice(workers), random.choice((0, 200, 2_000)))
 
@@ -190,6 +197,8 @@ def inject(cluster: VirtualCluster, fault: Fault) -> None:
             cluster.weather.arm(kind, one, other)
         case Drain(name, timeout_ms):
             cluster.drain(name, timeout_ms)
+        case Forget():
+            cluster.reset_cache()
         case Ambush(name, failpoint, hits, then):
             cluster.on_failpoint(name, failpoint, hits, partial(inject, cluster, then))
     cluster.weather.injected[type(fault).__name__.lower()] += 1

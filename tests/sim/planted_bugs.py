@@ -1,4 +1,5 @@
-"""Planted bugs: what others shipped (reliability, lessons 1 to 8), put into our machines on purpose, one at a time.
+"""Planted bugs: what others shipped (reliability, lessons 1 to 8) and what a prefix cache and several choices can get
+wrong (9 to 12), put into our machines on purpose, one at a time.
 
 They measure the tests, not the product: a virtual cluster that does not notice one of these would not notice the real
 thing. Each replaces one method of a machine while its context lasts; the product has no switch for any of them.
@@ -13,10 +14,15 @@ from unittest.mock import patch
 
 from control_plane.agent.attempts import Attempt
 from control_plane.agent.core import WorkerCore
+from control_plane.router import worker_messages
 from control_plane.router.core import RouterCore
 from control_plane.router.live_request import LiveRequest, Placement, Stage
+from control_plane.wire import session_pb2 as pb
 from engine.base.machine import Command, LinkName
 from engine.commands import Prefilled, Release
+from engine.kv.block_hash import root_hash
+from engine.sequence import Sequence
+from engine.sequence_memory import SequenceMemory
 from kv_transfer.custody import Custody
 from kv_transfer.frame import FrameHeader
 from kv_transfer.source import Source
@@ -121,8 +127,7 @@ def lesson_6_cancel_in_the_gap() -> Iterator[None]:
     def abort_known_holders(self: RouterCore, place: Placement | None, request: LiveRequest) -> list[object]:
         if request.stage is not Stage.RESERVING or place is None or place != request.target:
             return abort_at(self, place, request)
-        if worker := self.pool.get(place.worker):
-            worker.bound = max(0, worker.bound - 1)
+        self._unbind(request)
         return []
 
     with patch.object(RouterCore, "_abort_at", abort_known_holders):
@@ -173,4 +178,67 @@ def lesson_8_identity_is_a_name() -> Iterator[None]:
         patch.object(Source, "on_frame", on_answer_from_any_link),
         patch.object(VirtualCluster, "_mint_identity", lambda self, name: name),
     ):
+        yield
+
+
+@_bug
+def lesson_9_cached_blocks_know_no_tenant() -> Iterator[None]:
+    """Equal tokens are equal blocks, whoever has sent them."""
+
+    def root_of_all(tenant: str, model: bytes, identity: str = "") -> bytes:
+        return root_hash("", model, identity)
+
+    with patch("engine.sequence_memory.root_hash", root_of_all):
+        yield
+
+
+@_bug
+def lesson_10_choices_share_the_partial_block() -> Iterator[None]:
+    """A fork copies the table whole: each choice writes its next token into the same slot."""
+    fork = SequenceMemory.fork
+
+    def fork_whole(self: SequenceMemory, group: Sequence, child: Sequence, *, spare: int) -> bool:
+        forked = fork(self, group, child, spare=spare)
+        if forked and self._copies and group.computed % self._block_size:
+            theirs, mine = self._copies.pop()
+            table = self._allocator._holdings[child.seq_id].table
+            table[table.index(mine)] = theirs
+            self._allocator._hold(theirs, lent=False)
+            self._allocator._drop(mine, lent=False)
+            self._allocator._take_back([mine])
+        return forked
+
+    with patch.object(SequenceMemory, "fork", fork_whole):
+        yield
+
+
+@_bug
+def lesson_11_group_is_over_at_its_commit() -> Iterator[None]:
+    """The target has the KV, so nobody listens to the source any more: not when it says that a choice was over with
+    its first token, and hence never got to the target."""
+    fork = RouterCore._fork
+
+    def fork_and_forget(self: RouterCore, group: LiveRequest) -> list[object]:
+        actions = fork(self, group)
+        for child in list(group.forks.values()):
+            if self._leave_group(child) is not None:
+                self._disband(group)
+        return actions
+
+    with patch.object(RouterCore, "_fork", fork_and_forget):
+        yield
+
+
+@_bug
+def lesson_12_choices_start_over_as_the_first() -> Iterator[None]:
+    """A choice that is prefilled again, alone, is a request like any other: which of several it was is lost."""
+    prefill = worker_messages.prefill
+
+    def of_the_first(request: LiveRequest, *, deadline_ms: int) -> pb.Prefill:
+        message = prefill(request, deadline_ms=deadline_ms)
+        if not request.is_group:
+            message.choices[:] = [0]
+        return message
+
+    with patch.object(worker_messages, "prefill", of_the_first):
         yield

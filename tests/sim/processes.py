@@ -13,9 +13,9 @@ from engine.base.virtual_host import VirtualProcess, VirtualWorld
 from engine.commands import EngineEvent
 from engine.core import assert_quiet
 from engine.executors.oracle import OracleExecutor
-from engine.executors.paced import StepTimeModel
 from engine.kv.arena import Arena
 from engine.scheduler import Scheduler
+from engine.step_time import StepTimeModel
 from engine.types import Role
 from engine.virtual import VirtualEngine
 from kv_transfer.transports.memory import MemoryTransport
@@ -62,14 +62,15 @@ class Shape:
 class WorkerEngine:
     """A worker's engine: the core under watch, an oracle, an arena."""
 
-    def __init__(self, world: VirtualWorld, process: VirtualProcess, shape: Shape, columns: int) -> None:
-        self.arena = Arena(ORACLE.schema, columns=columns, block_size=shape.block_size)
+    def __init__(self, world: VirtualWorld, process: VirtualProcess, shape: Shape, worker: WorkerShape) -> None:
+        self.arena = Arena(ORACLE.schema, columns=worker.columns, block_size=shape.block_size)
         config = Scheduler.Config(
             block_size=shape.block_size,
             step_tokens=shape.step_tokens,
             growth_reserve_tokens=shape.growth_tokens,
             near_turn_tokens=2 * shape.step_tokens,
             max_model_len=ORACLE.max_model_len,
+            recompute=Role.PREFILL in worker.roles,
         )
         self.core = WatchedEngine(config, ORACLE.schema, self.arena)
         self.on_events: Callable[[tuple[EngineEvent, ...]], None] = lambda events: None

@@ -70,7 +70,7 @@ class Simulation:
     def __init__(self, scenario: Scenario, *, recording: bool) -> None:
         self.scenario = scenario
         self.weather = Weather(Random(f"weather of {scenario.seed}"), scenario.plan.noise)
-        self.history = History(lambda: self.cluster.world.now_us, ORACLE)
+        self.history = History(lambda: self.cluster.world.now_us, ORACLE, self._stop)
         self.cluster = VirtualCluster(
             scenario.seed, scenario.shape, self.weather, self.history.on_output, recording=recording
         )
@@ -96,6 +96,7 @@ class Simulation:
             figures["frames placed"] += process.host.frames_placed
             figures["damaged frames refused"] += process.host.damaged_arrivals
             figures["relocations"] += sum(n for name, n in process.counters.items() if name.startswith("relocations"))
+            figures["preemptions"] += process.engine.core.load().preemptions if process.engine else 0
         return Report(figures, self.world.log)
 
     # -- what happens --------------------------------------------------------------------------------------------------
@@ -110,7 +111,7 @@ class Simulation:
     def _come(self, visit: Visit) -> None:
         if self.cluster.router is None:
             return  # connection refused: nothing was accepted
-        self.history.invoke(visit.submit)
+        self.history.invoke(visit.submit, visit.stops)
         self.cluster.submit(visit.submit)
         if visit.cancel_us is not None:
             self.world.schedule(visit.cancel_us - visit.at_us, partial(self._leave, visit.submit.key))
@@ -119,6 +120,9 @@ class Simulation:
         """Also after the end, and also twice: a client's connection says so at any time."""
         self.history.cancel(key)
         self.cluster.cancel(key)
+
+    def _stop(self, key: int, choice: int) -> None:
+        self.cluster.stop(key, choice)
 
     def _break(self, fault: Fault) -> None:
         if isinstance(fault, Kill) and fault.name == ROUTER:

@@ -63,15 +63,20 @@ def log_digest(seed: int) -> str:
     return hashlib.sha256("\n".join(simulate_seed(seed, recording=True).log).encode()).hexdigest()
 
 
+@pytest.mark.timeout(60)  # forty seeds, beside other programs
 def test_faults_of_every_kind_happen_and_do_harm(figures: Counter[str]) -> None:
     """Else the seeds above prove little. Counted over a few of them; the whole table is printed at the end."""
     happened: Counter[str] = Counter()
     for seed in range(40):
         happened.update(simulate_seed(seed).figures)
     expected = {
-        *("kill", "freeze", "cut", "reset", "drain", "ambush", "restarts", "relocations", "placements lost"),
+        *("kill", "freeze", "cut", "reset", "drain", "forget", "ambush", "restarts", "relocations", "placements lost"),
+        *("forget", "preemptions", "requests of several choices", "choices stopped"),
+        *("prompt tokens cached", "prompt tokens skipped", "prompt tokens scored"),
         *("control double", "control overtake", "control delay", "damaged frames refused"),
         *(f"frame {kind}" for kind in ("drop", "duplicate", "overtake", "delay", "damage")),
+        *("requests of several choices", "choices stopped", "preemptions"),
+        *(f"prompt tokens {what}" for what in ("scored", "cached", "skipped")),
         *(f"ended {how}" for how in ("length", "stop", "cancelled", "deadline_exceeded", "internal", "lost")),
     }
     assert not expected - {kind for kind, count in happened.items() if count}

@@ -1,20 +1,23 @@
 """Watchers: they look, inside a running cluster, for what no client could see. They change nothing that happens.
 
-WatchedEngine   freed columns are poisoned, and must be so still when they are granted again: nobody reads a block
-                that is gone without wrong tokens, nobody writes one without being caught here (I3)
+WatchedEngine   freed columns are poisoned, and must stay so until they are granted again: nobody reads a block that is
+                gone without wrong tokens, nobody writes one without being caught here. Nor is a block written that
+                the prefix cache may give to others (I3)
 WatchedJob      every frame that is placed was sealed by a source, and is none that the weather damaged (I5)
 WatchedHost     every damaged frame that arrives is counted as refused, or fails in its job (I5)
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+from xxhash import xxh3_64_intdigest
 
 from engine.base.machine import Job, LinkName, Run
 from engine.base.virtual_host import VirtualHost
-from engine.commands import EngineCommand, EngineEvent, StepPlan
+from engine.commands import EngineCommand, EngineEvent, StepOutput, StepPlan
 from engine.core import EngineCore
 from engine.kv.arena import POISON, Arena
 from engine.kv.schema import CacheSchema
@@ -25,33 +28,65 @@ from tests.sim.weather import Weather
 
 
 class WatchedEngine(EngineCore):
-    """An EngineCore over an arena whose free columns hold nothing but poison."""
+    """An EngineCore whose memory nobody touches but as it is meant.
+
+        free      nothing but poison, from the moment in which a column is nobody's
+        named     final: somebody may find it in the prefix cache, held or not, and must find what was computed
+
+    Codec jobs and steps run between two calls of this class, so it looks when one begins.
+    """
 
     def __init__(self, config: Scheduler.Config, schema: CacheSchema, arena: Arena) -> None:
         super().__init__(config, schema, arena)
-        self._arena = arena
-        self._held: set[int] = set()
-        arena.poison(range(arena.columns))
+        self._memory = arena
+        self._free: set[int] = set()
+        self._cached: set[int] = set()
+        self._named: dict[int, int] = {}  # column -> digest of what is in it
+        self._note()
 
     def handle(self, command: EngineCommand, now_us: int) -> list[EngineEvent]:
-        events = super().handle(command, now_us)
-        self._look()
-        return events
+        with self._watching():
+            return super().handle(command, now_us)
 
     def begin_step(self, now_us: int) -> StepPlan | None:
-        plan = super().begin_step(now_us)
+        with self._watching():
+            return super().begin_step(now_us)
+
+    def finish_step(self, output: StepOutput, now_us: int) -> list[EngineEvent]:
+        with self._watching():
+            return super().finish_step(output, now_us)
+
+    def fail_step(self, now_us: int) -> list[EngineEvent]:
+        with self._watching():
+            return super().fail_step(now_us)
+
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
         self._look()
-        return plan
+        yield
+        self._note()
 
     def _look(self) -> None:
-        """Compare who holds columns now with who did."""
-        held = {column for owner in self._allocator.owners for column in self._allocator.table(owner)}
-        granted, freed = sorted(held - self._held), sorted(self._held - held)
-        if granted and not np.all(self._arena.array[granted] == POISON):
-            raise Violation(f"I3: somebody wrote to one of columns {granted} while it was free")
-        if freed:
-            self._arena.poison(freed)
-        self._held = held
+        free = sorted(self._free)
+        if not np.all(self._memory.array[free] == POISON):
+            raise Violation(f"I3: somebody wrote to one of columns {free} while it was free")
+        for column, digest in self._named.items():
+            if self._digest(column) != digest:
+                raise Violation(f"I3: somebody wrote to column {column}, which others may find in the cache")
+
+    def _note(self) -> None:
+        """What nobody's KV is in any more is poisoned: a stale table reads nothing that could pass for KV."""
+        allocator = self._allocator
+        held = {column for owner in allocator.owners for column in allocator.table(owner)}
+        named = allocator._cache.named
+        free = set(range(self._memory.columns)) - held - named
+        evicted = {c for c in self._cached & held - named if self._digest(c) == self._named[c]}  # else copied to
+        self._memory.poison(sorted(free - self._free | evicted))
+        self._free, self._cached = free, set(allocator.cached_column_ids)
+        self._named = {c: self._named[c] if c in self._named else self._digest(c) for c in sorted(named)}
+
+    def _digest(self, column: int) -> int:
+        return xxh3_64_intdigest(self._memory.array[column].data)
 
 
 class WatchedJob:

@@ -46,6 +46,7 @@ CODE_FROM_BYTES = re.compile(
 )
 # Folders whose modules a registry finds by scanning; nothing imports them by name.
 PLUGIN_FOLDERS = (
+    "engine/batching",
     "kv_transfer/codecs",
     "prefill_worker/retention",
 )
@@ -178,10 +179,11 @@ def test_light_processes_start_without_torch(process: str) -> None:
     assert ended.returncode == 0, ended.stderr or f"{process} imports torch"
 
 
-def test_every_codec_has_a_test_of_its_own() -> None:
-    codecs = (path for path in walk("kv_transfer/codecs") if re.search(r"^@.*\bregister\(", path.read_text(), re.M))
-    tests = ROOT / "tests/kv_transfer/codecs"
-    expect_none(place(path) for path in codecs if not (tests / f"test_{path.stem}.py").exists())
+@pytest.mark.parametrize("folder", PLUGIN_FOLDERS)
+def test_every_plug_in_has_a_test_of_its_own(folder: str) -> None:
+    plug_ins = (path for path in walk(folder) if re.search(r"^@.*\bregister\(", path.read_text(), re.M))
+    tests = ROOT / "tests" / folder
+    expect_none(place(path) for path in plug_ins if not (tests / f"test_{path.stem}.py").exists())
 
 
 def test_no_unfinished_business() -> None:

@@ -39,7 +39,7 @@ def test_every_command_and_option_has_help(command: str) -> None:
 
 
 def test_a_cluster_may_be_started_by_parts() -> None:
-    assert set(COMMANDS) == {"serve", "worker", "router", "controller"}
+    assert set(COMMANDS) == {"serve", "worker", "router", "controller", "fit"}
 
 
 def test_serve_has_the_flags_that_scripts_rely_on() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from control_plane.agent.trace import Trace, TracedMachine
 from engine.base.errors import FrameError
 from engine.base.machine import Command, JobDone, Run, Send, Tick
-from engine.commands import Activate, KVComputed, Prefilled, SampledToken, TokensSampled
+from engine.commands import Activate, Branch, KVComputed, Prefilled, SampledToken, TokensSampled
 from engine.types import SamplingParams
 from kv_transfer.frame import FrameHeader, FrameKind
 from kv_transfer.jobs import DecodeJob
@@ -39,7 +39,9 @@ def read(path: Path) -> list[dict[str, object]]:
 
 def test_placed_frames_and_activations_are_noted_and_nothing_is_changed(tmp_path: Path) -> None:
     path, clock_us = tmp_path / "w.jsonl", iter(range(100))
-    activate = Command(Activate(seq_id=3, token_ids=(1, 2), prompt_tokens=1, sampling=SamplingParams()))
+    branches = (Branch(seq_id=4, choice=0, token_id=2), Branch(seq_id=5, choice=2, token_id=7))
+    group = Activate(seq_id=3, token_ids=(1,), prompt_tokens=1, sampling=SamplingParams(), branches=branches)
+    activate = Command(group)
     send = Send("peer", b"ack")
     replies: list[list[object]] = [[decode(1), decode(2)], [send], [activate], []]
     trace = Trace(path, lambda: next(clock_us))
@@ -52,7 +54,8 @@ def test_placed_frames_and_activations_are_noted_and_nothing_is_changed(tmp_path
     assert read(path) == [
         {"us": 0, "event": "placed", "bytes": 96},
         {"us": 1, "event": "placed", "bytes": 0},  # damaged
-        {"us": 2, "event": "activated", "seq": 3},
+        {"us": 2, "event": "activated", "seq": 4},
+        {"us": 3, "event": "activated", "seq": 5},
     ]
     trace.close()
 
@@ -64,7 +67,7 @@ def test_engine_events_are_noted_when_they_happen(tmp_path: Path) -> None:
     trace.note_engine(
         (
             KVComputed(seq_id=1, layer_start=0, layer_end=5, token_start=0, token_end=16),
-            Prefilled(seq_id=1, token_id=4, finish=None),
+            Prefilled(seq_id=1, tokens=(token,)),
             TokensSampled(tokens=(token, token)),
         )
     )

@@ -4,6 +4,7 @@ import asyncio
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import httpx
@@ -14,11 +15,21 @@ from control_plane.router import validation
 from control_plane.router.edge import Edge
 from control_plane.router.http import Config, admin_app, public_app
 from control_plane.router.metrics import RouterMetrics
-from control_plane.router.requests import Cancel, Ended, RequestStats, Submit, TokensReady, WorkerView
+from control_plane.router.requests import (
+    Cancel,
+    Ended,
+    PromptScored,
+    RequestStats,
+    ResetCache,
+    Stop,
+    Submit,
+    TokensReady,
+    WorkerView,
+)
 from control_plane.router.validation import Validator
 from control_plane.router.vocabulary import ModelCard, OracleVocabulary, Vocabulary
-from engine.base.errors import Cancelled, TriptychError
-from engine.types import FinishReason
+from engine.base.errors import Cancelled, InvalidArgument, TriptychError
+from engine.types import Constraint, FinishReason, TokenLogprobs
 
 CARD = ModelCard(name="tiny", vocab_size=1_000, max_model_len=64, eos_token_ids=(999,))
 STATS = RequestStats(
@@ -28,6 +39,8 @@ STATS = RequestStats(
     kv_bytes_raw=4_000,
     kv_bytes_wire=1_000,
     attempts=1,
+    cached_tokens=2,
+    skipped_tokens=1,
     phase_ms={"queue": 1.0, "prefill": 2.0},
 )
 WORKER = WorkerView(
@@ -45,33 +58,59 @@ WORKER = WorkerView(
 )
 
 
+Event = Submit | Stop | Cancel | ResetCache
+
+
 class FakeCore:
-    """Records what the edge delivers. `script`, if set, answers each `Submit`; every `Cancel` is answered `Ended`."""
+    """Records what the edge delivers. `script`, if set, answers each `Submit`; every `Cancel` is answered `Ended`, and
+    so is the `Stop` of a request's last choice."""
 
     def __init__(self) -> None:
         self.edge: Edge
-        self.delivered: list[Submit | Cancel] = []
+        self.delivered: list[Event] = []
         self.script: Callable[[FakeCore, int], None] | None = None
-        self.open_keys: set[int] = set()
+        self.open_choices: dict[int, set[int]] = {}
         self.changed = asyncio.Event()
 
-    def deliver(self, event: Submit | Cancel) -> None:
+    def deliver(self, event: Event) -> None:
         self.delivered.append(event)
         self.changed.set()
-        if isinstance(event, Submit):
-            self.open_keys.add(event.key)
-            if self.script is not None:
-                self.script(self, event.key)
-        elif event.key in self.open_keys:
-            asyncio.get_running_loop().call_soon(self.end, event.key, Cancelled("cancelled"))
+        match event:
+            case Submit():
+                self.open_choices[event.key] = set(range(event.choices))
+                if self.script is not None:
+                    self.script(self, event.key)
+            case Stop():
+                self.over(event.key, event.choice, FinishReason.STOP)
+            case Cancel() if event.key in self.open_choices:
+                asyncio.get_running_loop().call_soon(self.end, event.key, Cancelled("cancelled"))
 
-    def tokens(self, key: int, *token_ids: int) -> None:
-        self.edge.on_output(TokensReady(key, token_ids))
+    def tokens(
+        self,
+        key: int,
+        *token_ids: int,
+        choice: int = 0,
+        finish: FinishReason | None = None,
+        logprobs: Sequence[TokenLogprobs] = (),
+    ) -> None:
+        """What the real core says of one step; with the last choice's `finish`, the ending too."""
+        if choice not in self.open_choices.get(key, (choice,)):
+            return  # it was stopped
+        self.edge.on_output(TokensReady(key, token_ids, choice, finish, tuple(logprobs)))
+        if finish is not None:
+            self.over(key, choice, finish)
+
+    def scored(self, key: int, start: int, *logprobs: TokenLogprobs) -> None:
+        self.edge.on_output(PromptScored(key, start, logprobs))
+
+    def over(self, key: int, choice: int, finish: FinishReason) -> None:
+        self.open_choices.get(key, set()).discard(choice)
+        if key in self.open_choices and not self.open_choices[key]:
+            self.end(key, finish)
 
     def end(self, key: int, ending: FinishReason | TriptychError = FinishReason.STOP) -> None:
-        if key not in self.open_keys:
+        if self.open_choices.pop(key, None) is None:
             return
-        self.open_keys.discard(key)
         finish = ending if isinstance(ending, FinishReason) else None
         error = ending if isinstance(ending, TriptychError) else None
         self.edge.on_output(Ended(key=key, finish=finish, error=error, stats=STATS))
@@ -88,27 +127,49 @@ class FakeCore:
         return [event for event in self.delivered if isinstance(event, Submit)]
 
     @property
+    def stops(self) -> list[Stop]:
+        return [event for event in self.delivered if isinstance(event, Stop)]
+
+    @property
     def cancels(self) -> list[Cancel]:
         return [event for event in self.delivered if isinstance(event, Cancel)]
 
 
-def answers(
-    *batches: Sequence[int], ending: FinishReason | TriptychError = FinishReason.STOP
-) -> Callable[[FakeCore, int], None]:
+Script = Callable[[FakeCore, int], None]
+
+
+def answers(*batches: Sequence[int], ending: FinishReason | TriptychError = FinishReason.STOP) -> Script:
     """A script: one batch of tokens per turn of the loop, then the ending."""
 
     def script(core: FakeCore, key: int) -> None:
-        steps: list[Callable[[], None]] = [lambda ids=ids: core.tokens(key, *ids) for ids in batches]
-        steps.append(lambda: core.end(key, ending))
-
-        def turn(index: int) -> None:
-            steps[index]()
-            if index + 1 < len(steps):
-                asyncio.get_running_loop().call_soon(asyncio.get_running_loop().call_soon, turn, index + 1)
-
-        asyncio.get_running_loop().call_soon(turn, 0)
+        in_turns([*(partial(core.tokens, key, *ids) for ids in batches), partial(core.end, key, ending)])
 
     return script
+
+
+def says(*steps: tuple[int, Sequence[int], FinishReason | None]) -> Script:
+    """(choice, tokens, finish) in turn, as the real core has it: the last choice's finish brings the ending."""
+
+    def script(core: FakeCore, key: int) -> None:
+        in_turns([partial(core.tokens, key, *ids, choice=choice, finish=finish) for choice, ids, finish in steps])
+
+    return script
+
+
+def in_turns(steps: Sequence[Callable[[], None]]) -> None:
+    """One step per turn of the loop, so that a reader sees each by itself."""
+
+    def turn(index: int) -> None:
+        steps[index]()
+        if index + 1 < len(steps):
+            asyncio.get_running_loop().call_soon(asyncio.get_running_loop().call_soon, turn, index + 1)
+
+    asyncio.get_running_loop().call_soon(turn, 0)
+
+
+def score(logprob: float, *top: tuple[int, float]) -> TokenLogprobs:
+    rank = 1 + sum(1 for _, other in top if other > logprob)
+    return TokenLogprobs(logprob, rank, top)
 
 
 @dataclass
@@ -139,6 +200,7 @@ class Router:
         self.state = FakeState()
         self.metrics = RouterMetrics()
         self.now_us = 0
+        self.constraints: list[Constraint] = []  # that were checked
         ids = itertools.count(1)
         vocabulary = vocabulary or OracleVocabulary(card.vocab_size)
         self.edge = Edge(
@@ -157,6 +219,7 @@ class Router:
             vocabulary=vocabulary,
             draw_seed=lambda: 77,
             count_unknown=self.metrics.unknown_fields,
+            check_constraint=self.check_constraint,
             clock_us=lambda: self.now_us,
         )
         self.app = public_app(
@@ -167,7 +230,12 @@ class Router:
             wall_s=lambda: 1_700_000_000.5,
             config=http_config,
         )
-        self.admin = admin_app(state=self.state, metrics=self.metrics)
+        self.admin = admin_app(state=self.state, metrics=self.metrics, reset_cache=self.edge.reset_cache)
+
+    def check_constraint(self, constraint: Constraint) -> None:
+        self.constraints.append(constraint)
+        if "hostile" in constraint.text:
+            raise InvalidArgument("constraint: too large when compiled", field="constraint")
 
     async def request(self, method: str, path: str, *, admin: bool = False, **options: Any) -> httpx.Response:
         transport = httpx.ASGITransport(app=self.admin if admin else self.app)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from control_plane.router.detokenizer import ByteDetokenizer, IncrementalDetokenizer, WindowDetokenizer
 from control_plane.router.vocabulary import OracleVocabulary, TokenizerVocabulary, Vocabulary
@@ -159,6 +159,53 @@ def test_the_window_stays_short_whatever_comes(byte_fallback: TokenizerVocabular
     detokenizer = WindowDetokenizer(decode)
     broken = "".join(one_by_one(detokenizer, [7 + 0xF0] * 500))
     assert longest <= 16 and set(broken) == {"\ufffd"}
+
+
+def test_an_output_keeps_the_space_that_it_begins_with_after_a_prompt(byte_fallback: TokenizerVocabulary) -> None:
+    for prompt in ([2], [2] * 50, [1, 2]):
+        assert one_by_one(byte_fallback.detokenizer(frozenset(), prompt=prompt), [3, 6]) == [" world", "!", ""]
+    cut = [2, *fallback_ids("😀")[:2]]
+    assert one_by_one(byte_fallback.detokenizer(frozenset(), prompt=cut), [2, 3]) == ["hello", " world", ""]
+
+
+# -- special tokens, single tokens -------------------------------------------------------------------------------------
+def test_special_tokens_are_shown_on_request(
+    byte_level: TokenizerVocabulary, byte_fallback: TokenizerVocabulary
+) -> None:
+    end = byte_level_tokenizer().token_to_id("<|im_end|>")
+    for vocabulary, token_ids, text, special in (
+        (byte_level, [*byte_level.encode("hi"), end], "hi", "<|im_end|>"),
+        (byte_fallback, [2, 1], "hello", "</s>"),
+    ):
+        shown = vocabulary.detokenizer(frozenset(), skip_special_tokens=False)
+        assert "".join(one_by_one(shown, token_ids)) == text + special
+        assert "".join(one_by_one(vocabulary.detokenizer(frozenset()), token_ids)) == text
+
+
+def test_every_token_has_a_name_of_its_own(byte_level: TokenizerVocabulary) -> None:
+    tokenizer = byte_level_tokenizer()
+    names = [byte_level.token_text(token) for token in range(tokenizer.get_vocab_size())]
+    assert len(set(names)) == len(names)
+    assert names[tokenizer.token_to_id("<|im_end|>")] == "<|im_end|>"
+    assert names[byte_level.encode("😀")[0]] == r"bytes:\xf0"
+    assert byte_level.token_text(319) == ""  # pads the embedding matrix
+
+
+def test_names_of_tokens_that_are_no_bytes(byte_fallback: TokenizerVocabulary) -> None:
+    named = {2: " hello", 3: " world", 6: "!", 1: "</s>", 7 + 0xE2: r"bytes:\xe2", 7 + ord("a"): "a"}
+    for _ in range(2):  # the second time from memory
+        assert {token: byte_fallback.token_text(token) for token in named} == named
+
+
+def test_special_tokens_are_added_to_prompts_unless_asked_not_to(tmp_path: Path) -> None:
+    tokenizer = byte_level_tokenizer()
+    start = tokenizer.token_to_id("<|im_start|>")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", start)]
+    )
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    vocabulary = TokenizerVocabulary(tmp_path / "tokenizer.json", 320)
+    assert vocabulary.encode("hi") == [start, *vocabulary.encode("hi", add_special_tokens=False)]
 
 
 # -- stop tokens, oracle -----------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 
 from control_plane.router import edge, http, validation
 from control_plane.router.edge import Edge
-from control_plane.router.requests import Cancel
+from control_plane.router.requests import Cancel, ResetCache
 from control_plane.router.vocabulary import OracleVocabulary
 from engine.base import limits
 from engine.base.errors import DataLoss, DeadlineExceeded, Internal, ResourceExhausted, TriptychError, Unavailable
@@ -35,7 +35,12 @@ async def test_a_whole_answer_is_a_text_completion() -> None:
         "created": 1_700_000_000,
         "model": "tiny",
         "choices": [{"index": 0, "text": " 5 6", "logprobs": None, "finish_reason": "length", "stop_reason": None}],
-        "usage": {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5},
+        "usage": {
+            "prompt_tokens": 3,
+            "completion_tokens": 2,
+            "total_tokens": 5,
+            "prompt_tokens_details": {"cached_tokens": 2},
+        },
         "triptych": {
             "prefill_worker": "p1",
             "decode_worker": "d1",
@@ -44,6 +49,8 @@ async def test_a_whole_answer_is_a_text_completion() -> None:
             "kv_bytes_raw": 4_000,
             "kv_bytes_wire": 1_000,
             "attempts": 1,
+            "cached_tokens": 2,
+            "skipped_tokens": 1,
             "phase_ms": {"queue": 1.0, "prefill": 2.0},
         },
     }
@@ -75,7 +82,12 @@ async def test_usage_comes_last_when_asked_for() -> None:
     router.core.script = answers([5], [6])
     chunks = events((await router.complete(stream=True, stream_options={"include_usage": True})).content)
     assert chunks[-1]["choices"] == []
-    assert chunks[-1]["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    assert chunks[-1]["usage"] == {
+        "prompt_tokens": 3,
+        "completion_tokens": 2,
+        "total_tokens": 5,
+        "prompt_tokens_details": {"cached_tokens": 2},
+    }
     assert chunks[-1]["triptych"]["prefill_worker"] == "p1"
     assert chunks[-2]["choices"][0]["finish_reason"] == "stop" and "triptych" not in chunks[-2]
     assert [chunk["usage"] for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
@@ -244,7 +256,7 @@ async def test_a_client_that_leaves_while_its_prompt_waits_submits_nothing() -> 
     may_encode = threading.Event()
 
     class Waiting(OracleVocabulary):
-        def encode(self, text: str) -> list[int]:
+        def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
             may_encode.wait(timeout=10)
             return super().encode(text)
 
@@ -546,6 +558,15 @@ async def test_the_admin_port_lists_workers_and_serves_no_completions() -> None:
     assert (await router.request("POST", "/v1/completions", admin=True, json={})).status_code == 404
     for path in ("/health", "/ready", "/metrics"):
         assert (await router.request("GET", path, admin=True)).status_code == 200
+
+
+async def test_the_admin_port_resets_the_prefix_cache_and_the_public_port_does_not() -> None:
+    router = Router()
+    assert (await router.request("POST", "/reset_prefix_cache")).status_code == 404
+    assert (await router.request("GET", "/reset_prefix_cache", admin=True)).status_code == 405
+    assert router.core.delivered == []
+    assert (await router.request("POST", "/reset_prefix_cache", admin=True)).status_code == 200
+    assert router.core.delivered == [ResetCache()]
 
 
 # -- logs --------------------------------------------------------------------------------------------------------------

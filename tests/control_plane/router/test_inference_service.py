@@ -1,6 +1,7 @@
 """gRPC means the same as HTTP: over a real server on loopback, with the scripted core behind it."""
 
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 import grpc
@@ -15,14 +16,16 @@ from control_plane.router.inference_service import (
     InferenceService,
     ReadinessHealth,
     add_services,
+    request_fields,
 )
 from control_plane.router.requests import Cancel
 from control_plane.wire import inference_pb2 as pb
 from control_plane.wire import inference_pb2_grpc as pb_grpc
 from engine.base.errors import DataLoss, Status, TriptychError, Unavailable
-from engine.types import FinishReason
-from tests.control_plane.router.edge_fakes import Router, answers
+from engine.types import Constraint, ConstraintKind, FinishReason
+from tests.control_plane.router.edge_fakes import FakeCore, Router, answers, in_turns, says, score
 
+STOP, LENGTH = FinishReason.STOP, FinishReason.LENGTH
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -75,6 +78,122 @@ async def test_set_fields_reach_the_core_and_absent_ones_are_defaults(served: Se
     assert (default.sampling.temperature, default.sampling.seed, default.sampling.max_tokens) == (1.0, 77, 16)
 
 
+async def test_every_field_means_what_it_means_over_http(served: Server) -> None:
+    served.router.core.script = says((0, [5], STOP), (1, [5], STOP))
+    sampling = pb.GenerateSampling(
+        top_k=40,
+        min_p=0.25,
+        frequency_penalty=0.5,
+        presence_penalty=-0.5,
+        repetition_penalty=1.5,
+        min_tokens=1,
+        stop=["END", "\n"],
+        skip_special_tokens=False,
+        include_stop_str_in_output=True,
+        n=2,
+        logprobs=0,
+        prompt_logprobs=3,
+        logit_bias={5: -1.5},
+        truncate_prompt_tokens=2,
+        allowed_token_ids=[5, 6],
+        bad_words=["a"],
+        regex="a+",
+    )
+    fields = {
+        "prompt": [1, 2, 3],
+        "top_k": 40,
+        "min_p": 0.25,
+        "frequency_penalty": 0.5,
+        "presence_penalty": -0.5,
+        "repetition_penalty": 1.5,
+        "min_tokens": 1,
+        "stop": ["END", "\n"],
+        "skip_special_tokens": False,
+        "include_stop_str_in_output": True,
+        "n": 2,
+        "logprobs": 0,
+        "prompt_logprobs": 3,
+        "logit_bias": {"5": -1.5},
+        "truncate_prompt_tokens": 2,
+        "allowed_token_ids": [5, 6],
+        "bad_words": ["a"],
+        "guided_regex": "a+",
+        "cache_salt": "s",
+        "priority": -2,
+        "add_special_tokens": False,
+    }
+    message = request(sampling=sampling, priority=-2, cache_salt="s", add_special_tokens=False)
+    validate = served.router.validator.validate
+    assert await validate(request_fields(message)) == await validate(fields)
+    assert [response async for response in served.stub.Generate(message)]
+    (submit,) = served.router.core.submits
+    assert (submit.token_ids, submit.choices, submit.priority, submit.tenant) == ((2, 3), 2, -2, "salt:s")
+
+
+@pytest.mark.parametrize(
+    ("fields", "constraint"),
+    [
+        ({"json_schema": '{"type": "object"}'}, Constraint(ConstraintKind.JSON_SCHEMA, '{"type":"object"}')),
+        ({"json_object": True}, Constraint(ConstraintKind.JSON_OBJECT)),
+        ({"json_object": False}, None),
+        ({"regex": "a"}, Constraint(ConstraintKind.REGEX, "a")),
+        ({"choice": pb.Strings(values=["a", "b"])}, Constraint(ConstraintKind.CHOICE, '["a","b"]')),
+        ({"grammar": "start: /a/"}, Constraint(ConstraintKind.GRAMMAR, "start: /a/")),
+    ],
+)
+async def test_constraints_are_one_of_five(served: Server, fields: Any, constraint: Constraint | None) -> None:
+    served.router.core.script = answers([5])
+    message = request(sampling=pb.GenerateSampling(**fields))
+    assert [response async for response in served.stub.Generate(message)]
+    assert served.router.core.submits[0].sampling.constraint == constraint
+
+
+async def test_choices_are_told_apart_and_the_last_response_has_the_figures(served: Server) -> None:
+    served.router.core.script = says((1, [7], None), (0, [5], None), (1, [8], LENGTH), (0, [6], LENGTH))
+    responses = [response async for response in served.stub.Generate(request(sampling=pb.GenerateSampling(n=2)))]
+    for choice, text in ((0, " 5 6"), (1, " 7 8")):
+        own = [response for response in responses if response.index == choice]
+        assert "".join(response.text for response in own) == text
+        assert own[-1].completion_tokens == 2
+        assert [response.finish_reason for response in own] == [""] * (len(own) - 1) + ["length"]
+    assert [response.HasField("stats") for response in responses] == [False] * (len(responses) - 1) + [True]
+    assert [response.cached_tokens for response in responses] == [0] * (len(responses) - 1) + [2]
+    assert (responses[-1].stats.cached_tokens, responses[-1].stats.skipped_tokens) == (2, 1)
+
+
+async def test_a_stop_is_named(served: Server) -> None:
+    served.router.core.script = says((0, [5, 42], STOP), (1, [6, 7, 8], None))
+    sampling = pb.GenerateSampling(n=2, stop=[" 7"], stop_token_ids=[42])
+    last = {
+        response.index: response
+        async for response in served.stub.Generate(request(sampling=sampling))
+        if response.finish_reason
+    }
+    assert (last[0].matched_token_id, last[0].WhichOneof("matched_stop")) == (42, "matched_token_id")
+    assert (last[1].matched_stop_str, last[1].text, last[1].completion_tokens) == (" 7", " 6", 2)
+    served.router.core.script = says((0, [999], STOP))
+    (end_of_sequence,) = [response async for response in served.stub.Generate(request())]
+    assert end_of_sequence.WhichOneof("matched_stop") is None
+
+
+async def test_logprobs_of_prompt_and_output(served: Server) -> None:
+    scored, sampled = score(-0.5, (9, -0.25), (2, -0.5)), score(-1.0, (5, -1.0))
+
+    def script(core: FakeCore, key: int) -> None:
+        tokens = partial(core.tokens, key, 5, finish=LENGTH, logprobs=[sampled])
+        in_turns([partial(core.scored, key, 1, scored, scored), tokens])
+
+    served.router.core.script = script
+    sampling = pb.GenerateSampling(logprobs=1, prompt_logprobs=2)
+    first, last = [response async for response in served.stub.Generate(request(sampling=sampling))]
+    of_prompt, of_output = first.input_logprobs, last.output_logprobs
+    assert (of_prompt.start, of_prompt.token_ids, of_prompt.token_logprobs) == (1, [2, 3], [-0.5, -0.5])
+    assert [(top.token_ids, top.values) for top in of_prompt.top_logprobs] == [([9, 2], [-0.25, -0.5])] * 2
+    assert first.token_ids == [] and not last.HasField("input_logprobs")
+    assert (of_output.token_ids, of_output.token_logprobs) == ([5], [-1.0])
+    assert [(top.token_ids, top.values) for top in of_output.top_logprobs] == [([5], [-1.0])]
+
+
 @pytest.mark.parametrize(
     ("message", "code", "word"),
     [
@@ -90,6 +209,13 @@ async def test_set_fields_reach_the_core_and_absent_ones_are_defaults(served: Se
         (request(sampling=pb.GenerateSampling(seed=1 << 63)), grpc.StatusCode.INVALID_ARGUMENT, "seed"),
         (request(sampling=pb.GenerateSampling(max_tokens=1 << 31)), grpc.StatusCode.INVALID_ARGUMENT, "max_tokens"),
         (request(sampling=pb.GenerateSampling(stop_token_ids=[1] * 65)), grpc.StatusCode.INVALID_ARGUMENT, "stop"),
+        (request(sampling=pb.GenerateSampling(n=17)), grpc.StatusCode.INVALID_ARGUMENT, "n: must be"),
+        (request(sampling=pb.GenerateSampling(logprobs=21)), grpc.StatusCode.INVALID_ARGUMENT, "logprobs: must be"),
+        (request(sampling=pb.GenerateSampling(stop=[""])), grpc.StatusCode.INVALID_ARGUMENT, "stop: each"),
+        (request(sampling=pb.GenerateSampling(logit_bias={1_000: 1})), grpc.StatusCode.INVALID_ARGUMENT, "logit_bias"),
+        (request(sampling=pb.GenerateSampling(json_schema="{")), grpc.StatusCode.INVALID_ARGUMENT, "outputs.json: "),
+        (request(sampling=pb.GenerateSampling(regex="hostile")), grpc.StatusCode.INVALID_ARGUMENT, "outputs.regex: "),
+        (request(cache_salt=""), grpc.StatusCode.INVALID_ARGUMENT, "cache_salt"),
     ],
 )
 async def test_bad_values_are_refused_by_name(

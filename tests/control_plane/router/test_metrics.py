@@ -78,6 +78,27 @@ def test_label_sets_are_bounded() -> None:
     assert sum(sample.value for sample in wire) == 50
 
 
+def test_reuse_is_counted_in_tokens_and_told_under_the_names_others_use() -> None:
+    class OneWorker(FakeState):
+        def workers(self) -> Sequence[WorkerView]:
+            return [replace(WORKER, cached_columns=5), replace(WORKER, cached_columns=6)]
+
+    state, router_metrics = OneWorker(), RouterMetrics()
+    state.counted = {("prefix_cache_hits", ()): 48.0, ("prefix_cache_queries", ()): 64.0, ("num_preemptions", ()): 2.0}
+    state.counted |= {("requests_by_n", (("n", n),)): 1.0 for n in ("1", "4")}
+    router_metrics.export(state)
+    for cached, skipped in ((32, 16), (16, 0)):
+        stats = RequestStats(cached_tokens=cached, skipped_tokens=skipped)
+        router_metrics.request_ended(RequestRecord(outcome="stop", stats=stats))
+    value = router_metrics.registry.get_sample_value
+    assert value("triptych_prompt_tokens_cached_total") == 48
+    assert value("triptych_kv_transfer_skipped_tokens_total") == 16
+    assert value("triptych_worker_columns_cached") == 11
+    assert (value("triptych_prefix_cache_hits_total"), value("triptych_prefix_cache_queries_total")) == (48, 64)
+    assert value("triptych_num_preemptions_total") == 2
+    assert value("triptych_requests_by_n_total", {"n": "4"}) == 1
+
+
 def test_words_of_workers_become_labels_only_while_there_are_few() -> None:
     state = FakeState()
     router_metrics = RouterMetrics(metrics.Config(label_values_max=2))

@@ -4,6 +4,8 @@ import asyncio
 import json
 import logging
 import threading
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,14 +13,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from control_plane.router import validation
-from control_plane.router.validation import NOT_SERVED, Validator
+from control_plane.router.validation import NOT_SERVED, ValidatedRequest, Validator
 from control_plane.router.vocabulary import ModelCard, OracleVocabulary
 from engine.base import limits
 from engine.base.errors import DeadlineExceeded, InvalidArgument, NotFound, ResourceExhausted
-from engine.types import SamplingParams
+from engine.types import Constraint, ConstraintKind, SamplingParams
 from tests.control_plane.router.edge_fakes import CARD, Router
 
 BIG = 1 << 63
+
+
+def bad(name: str, *values: Any) -> Iterator[tuple[dict[str, Any], int, str]]:
+    """Values that are refused under the field's own name."""
+    return (({name: value}, 400, name) for value in values)
+
 
 BAD_FIELDS: list[tuple[dict[str, Any], int, str]] = [
     # prompt
@@ -115,42 +123,66 @@ BAD_FIELDS: list[tuple[dict[str, Any], int, str]] = [
     ({"triptych": {"deadline_ms": 600_001}}, 400, "triptych.deadline_ms"),
     ({"triptych": {"deadline_ms": 1.5}}, 400, "triptych.deadline_ms"),
     ({"triptych": {"deadline_ms": True}}, 400, "triptych.deadline_ms"),
-    # known, and would change the answer
-    ({"n": 2}, 400, "n"),
-    ({"n": True}, 400, "n"),
-    ({"n": 10**6}, 400, "n"),
-    ({"best_of": 2}, 400, "best_of"),
-    ({"echo": True}, 400, "echo"),
-    ({"echo": 0}, 400, "echo"),
-    ({"logprobs": 0}, 400, "logprobs"),
-    ({"logprobs": 5}, 400, "logprobs"),
-    ({"logprobs": -2}, 400, "logprobs"),
-    ({"prompt_logprobs": 1}, 400, "prompt_logprobs"),
-    ({"suffix": "x"}, 400, "suffix"),
-    ({"stop": "x"}, 400, "stop"),
-    ({"stop": ["x"] * 1_000}, 400, "stop"),
-    ({"logit_bias": {"5": 100}}, 400, "logit_bias"),
-    ({"logit_bias": []}, 400, "logit_bias"),
-    ({"presence_penalty": 0.5}, 400, "presence_penalty"),
-    ({"presence_penalty": "0"}, 400, "presence_penalty"),
-    ({"frequency_penalty": -1e308}, 400, "frequency_penalty"),
-    ({"repetition_penalty": 1.1}, 400, "repetition_penalty"),
-    ({"top_k": -5}, 400, "top_k"),
-    ({"top_k": 50}, 400, "top_k"),
-    ({"min_p": 0.1}, 400, "min_p"),
-    ({"min_tokens": 1}, 400, "min_tokens"),
-    ({"use_beam_search": True}, 400, "use_beam_search"),
-    ({"skip_special_tokens": False}, 400, "skip_special_tokens"),
-    ({"add_special_tokens": False}, 400, "add_special_tokens"),
-    ({"truncate_prompt_tokens": 5}, 400, "truncate_prompt_tokens"),
-    ({"response_format": {"type": "json_object"}}, 400, "response_format"),
-    ({"tools": [{"type": "function"}]}, 400, "tools"),
-    ({"tool_choice": "required"}, 400, "tool_choice"),
-    ({"bad_words": ["x"]}, 400, "bad_words"),
-    ({"allowed_token_ids": [1]}, 400, "allowed_token_ids"),
-    ({"guided_regex": "(a+)+$"}, 400, "guided_regex"),
-    ({"cache_salt": "s"}, 400, "cache_salt"),
-    ({"prompt_embeds": "AAAA"}, 400, "prompt_embeds"),
+    # choices
+    *bad("n", 0, 17, 10**6, True, 1.0, "2", [2]),
+    *bad("best_of", 2, 0, True, "1"),
+    ({"n": 2, "best_of": 3}, 400, "best_of"),
+    *bad("priority", 1.5, "0", True, (1 << 20) + 1, -(1 << 20) - 1),
+    *bad("cache_salt", "", "x" * 129, 7, ["s"]),
+    # how to pick tokens
+    *bad("top_k", -5, 1.0, "50", True, (1 << 20) + 1),
+    *bad("min_p", -0.1, 1.1, "0", True),
+    *bad("presence_penalty", 2.1, -2.1, "0", True, 1e308),
+    *bad("frequency_penalty", 2.1, -1e308, "0", False),
+    *bad("repetition_penalty", 0, -1, 100.1, "1", True),
+    *bad("min_tokens", -1, 1.0, "1", True, 17),
+    ({"min_tokens": 3, "max_tokens": 2}, 400, "min_tokens"),
+    *bad("logit_bias", [], "5", {"5": 101}, {"5": -100.5}, {"5": "1"}, {"5": None}, {"5": True}),
+    *bad("logit_bias", {"x": 1}, {"-1": 1}, {"1000": 1}, {"05": 1}, {"+5": 1}, {" 5": 1}, {"": 1}, {"\u0665": 1}),
+    *bad("logit_bias", {"9" * 5_000: 1}, {str(token): 0 for token in range(1_025)}),
+    *bad("allowed_token_ids", [], 5, "5", [-1], [1_000], [True], [1.0], [1] * 1_025),
+    *bad("bad_words", "x", [""], [" "], [7], [None], ["x"] * 65, ["x" * 257], ["x" * 256] * 17),
+    ({"bad_words": ["é" * 250] * 2 + ["ü" * 20] * 2}, 400, "bad_words"),
+    # where to stop
+    *bad("stop", 7, True, False, {}, [""], ["a", ""], [7], ["x"] * 17, "x" * 257, ["x" * 257], [["x"]]),
+    *bad("include_stop_str_in_output", 1, "true"),
+    # what the answer shows
+    *bad("echo", 0, "true", 1),
+    *bad("logprobs", -1, -2, 21, True, False, 1.0, "5"),
+    *bad("prompt_logprobs", -1, 21, True, "1"),
+    ({"prompt_logprobs": 1, "stream": True}, 400, "prompt_logprobs"),
+    *bad("return_token_ids", 1, "yes"),
+    *bad("return_tokens_as_token_ids", 1, "yes"),
+    *bad("skip_special_tokens", 0, "no"),
+    # the prompt
+    *bad("add_special_tokens", 0, "no"),
+    *bad("truncate_prompt_tokens", 0, -2, 131_073, 1.0, "5", True),
+    # constraints
+    *bad("response_format", "json_object", [], {"type": "xml"}, {"type": ["text"]}, {"kind": "text"}),
+    *bad("response_format", {"type": "json_schema"}, {"type": "json_schema", "json_schema": {"name": "x"}}),
+    *bad("response_format", {"type": "json_schema", "json_schema": {"schema": 7}}),
+    *bad("structured_outputs", "json", [], {"xml": "x"}, {"structural_tag": "{}"}),
+    ({"structured_outputs": {"json": 7}}, 400, "structured_outputs.json"),
+    ({"structured_outputs": {"json_object": 1}}, 400, "structured_outputs.json_object"),
+    ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, 400, "structured_outputs.choice"),
+    *bad("guided_json", 7, True, "{", "[]", "7", ["x"], "[" * 10_000, {"hostile": 1}),
+    *bad("guided_regex", "", 7, ["a"], "hostile"),
+    *bad("guided_choice", [], "a", [""], [7], ["a", None]),
+    *bad("guided_grammar", "", 7, {}),
+    ({"guided_regex": "a", "guided_choice": ["a"]}, 400, "guided_choice"),
+    ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, 400, "guided_regex"),
+    # known, not served, and would change the answer
+    *bad("suffix", "x"),
+    *bad("length_penalty", 0.5, True),
+    *bad("use_beam_search", True),
+    *bad("spaces_between_special_tokens", False),
+    *bad("tools", [{"type": "function"}]),
+    *bad("tool_choice", "required"),
+    *bad("functions", [{}]),
+    *bad("logits_processors", ["x"]),
+    *bad("prompt_embeds", "AAAA"),
+    *bad("kv_transfer_params", {"do_remote_decode": True}),
+    *bad("vllm_xargs", {"x": 1}),
 ]
 
 BAD_BODIES: list[bytes] = [
@@ -215,7 +247,192 @@ async def test_null_means_the_default_everywhere() -> None:
     names = validation.SERVED - {"prompt"}
     request = await router.validator.validate({"prompt": [1], **dict.fromkeys(names)})
     assert request == await router.validator.validate({"prompt": [1]})
-    assert request.sampling == SamplingParams(seed=77)
+    assert request == ValidatedRequest(token_ids=(1,), sampling=SamplingParams(seed=77))
+
+
+SAMPLING: list[tuple[str, Any, Any]] = [  # a field, a value that is accepted, and what becomes of it
+    ("top_k", -1, 0),
+    ("top_k", 0, 0),
+    ("top_k", 50, 50),
+    ("min_p", 1, 1.0),
+    ("presence_penalty", -2, -2.0),
+    ("frequency_penalty", 2, 2.0),
+    ("repetition_penalty", 100, 100.0),
+    ("min_tokens", 16, 16),
+    ("logprobs", 0, 0),
+    ("logprobs", 20, 20),
+    ("prompt_logprobs", 20, 20),
+    ("logit_bias", {}, ()),
+    ("logit_bias", {"5": -100, "0": 0.5}, ((5, -100.0), (0, 0.5))),
+    ("allowed_token_ids", [5, 999], (5, 999)),
+    ("stop_token_ids", [1] * 64, (1,) * 64),
+    ("bad_words", [], ()),
+    ("bad_words", ["a"], ((97,), (32, 97))),  # inside a text a space comes before it
+    ("bad_words", [" 7", "7"], ((55,), (7,))),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "meaning"), SAMPLING)
+async def test_sampling_fields_reach_the_parameters(name: str, value: Any, meaning: Any) -> None:
+    sampling = (await make_validator().validate({"prompt": [1], name: value})).sampling
+    assert sampling == replace(SamplingParams(seed=1), **{name: meaning})
+
+
+ANSWER: list[tuple[str, Any, str, Any]] = [
+    ("n", 16, "choices", 16),
+    ("priority", -(1 << 20), "priority", -(1 << 20)),
+    ("stop", "", "stop", ()),
+    ("stop", [], "stop", ()),
+    ("stop", "END", "stop", ("END",)),
+    ("stop", ["x" * 256] * 16, "stop", ("x" * 256,) * 16),
+    ("include_stop_str_in_output", True, "include_stop", True),
+    ("skip_special_tokens", False, "skip_special_tokens", False),
+    ("return_token_ids", True, "return_token_ids", True),
+    ("return_tokens_as_token_ids", True, "tokens_as_ids", True),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "attribute", "meaning"), ANSWER)
+async def test_fields_of_the_answer_reach_the_request(name: str, value: Any, attribute: str, meaning: Any) -> None:
+    validator = make_validator(clock_us=lambda: 0)
+    assert await validator.validate({"prompt": [1], name: value}) == replace(
+        await validator.validate({"prompt": [1]}), **{attribute: meaning}
+    )
+
+
+async def test_a_salt_parts_tenants_and_a_user_does_not() -> None:
+    validator = make_validator()
+    alike = [{}, {"user": "alice"}, {"user": "bob"}]
+    assert {(await validator.validate({"prompt": [1], **fields})).tenant for fields in alike} == {""}
+    salts = ["a", "b", "x" * 128]
+    assert len({(await validator.validate({"prompt": [1], "cache_salt": salt})).tenant for salt in salts} - {""}) == 3
+
+
+async def test_echo_asks_for_scores_of_the_prompt_and_the_larger_wish_wins() -> None:
+    validator = make_validator()
+    wishes = [
+        ({"logprobs": 3}, 3),
+        ({"logprobs": 3, "prompt_logprobs": 5}, 5),
+        ({"logprobs": 3, "prompt_logprobs": 1}, 3),
+    ]
+    for fields, scores in wishes:
+        request = await validator.validate({"prompt": [1], "echo": True, **fields})
+        assert (request.sampling.logprobs, request.sampling.prompt_logprobs) == (3, scores)
+        assert request.prompt_logprobs == fields.get("prompt_logprobs")
+    plain = await validator.validate({"prompt": [1], "logprobs": 3})
+    assert plain.sampling.prompt_logprobs is None
+
+
+async def test_echo_repeats_the_clients_text_or_what_its_ids_say() -> None:
+    validator = make_validator()
+    for fields, text in [
+        ({"prompt": "a b"}, "a b"),
+        ({"prompt": [5, 6]}, " 5 6"),
+        ({"prompt": " 5 6 7", "truncate_prompt_tokens": 2}, " 6 7"),
+        ({"prompt": " 5 6", "truncate_prompt_tokens": 2}, " 5 6"),
+    ]:
+        assert (await validator.validate({"echo": True, **fields})).echo_text == text
+        assert (await validator.validate(fields)).echo_text is None
+
+
+async def test_truncation_keeps_the_end_of_a_prompt() -> None:
+    validator = make_validator()
+
+    async def kept(count: int, **fields: Any) -> tuple[int, ...]:
+        return (
+            await validator.validate({"prompt": list(range(100)), "truncate_prompt_tokens": count, **fields})
+        ).token_ids
+
+    assert await kept(3) == (97, 98, 99)
+    assert await kept(-1) == tuple(range(100 - (64 - 16), 100))
+    assert await kept(-1, max_tokens=4) == tuple(range(40, 100))
+    assert await kept(-1, max_tokens=0) == tuple(range(37, 100))  # room for one token all the same
+    with pytest.raises(InvalidArgument, match="prompt: at most 63 tokens, got 64"):
+        await kept(64)
+
+
+async def test_an_answer_holds_so_many_logprobs_and_no_more() -> None:
+    card = replace(CARD, max_model_len=100_000)
+    validator = make_validator(card=card)
+    scoring = {"prompt": [1] * 60_000, "max_tokens": 1, "echo": True}
+    assert await validator.validate({**scoring, "logprobs": 1})
+    for refused in ({"logprobs": 2}, {"logprobs": 1, "n": 2}, {"logprobs": 1, "prompt_logprobs": 1}):
+        with pytest.raises(InvalidArgument, match="logprobs: at most 131072 log-probabilities in one answer"):
+            await validator.validate({**scoring, **refused})
+    long = {"prompt": [1], "max_tokens": 60_000, "logprobs": 2}
+    with pytest.raises(InvalidArgument, match="logprobs: at most 131072"):
+        await validator.validate(long)
+    assert await validator.validate({**long, "stream": True})  # each chunk is an answer by itself
+
+
+# -- constraints -------------------------------------------------------------------------------------------------------
+SCHEMA = {"type": "object", "properties": {"b": {}, "a": {}}}
+SCHEMA_TEXT = '{"type":"object","properties":{"b":{},"a":{}}}'
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "text"),
+    [
+        ({"response_format": {"type": "json_object"}}, "json_object", ""),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}}, "json_schema", SCHEMA_TEXT),
+        ({"structured_outputs": {"json": SCHEMA, "regex": None}}, "json_schema", SCHEMA_TEXT),
+        ({"structured_outputs": {"json_object": True, "disable_any_whitespace": False}}, "json_object", ""),
+        ({"structured_outputs": {"regex": "a+"}}, "regex", "a+"),
+        ({"structured_outputs": {"choice": ["a", "b"]}}, "choice", '["a","b"]'),
+        ({"structured_outputs": {"grammar": 'start: "a"'}}, "grammar", 'start: "a"'),
+        ({"guided_json": json.dumps(SCHEMA)}, "json_schema", SCHEMA_TEXT),
+        ({"guided_regex": "a+"}, "regex", "a+"),
+        ({"guided_choice": ["é"]}, "choice", '["é"]'),
+        ({"guided_grammar": 'start: "a"'}, "grammar", 'start: "a"'),
+    ],
+)
+async def test_a_constraint_has_several_spellings(fields: dict[str, Any], kind: str, text: str) -> None:
+    router = Router()
+    constraint = Constraint(ConstraintKind(kind), text)
+    assert (await router.validator.validate({"prompt": [1], **fields})).sampling.constraint == constraint
+    assert router.constraints == [constraint]
+    router.validator.close()
+
+
+@pytest.mark.parametrize("fields", [{}, {"response_format": {"type": "text"}}, {"response_format": {}}])
+async def test_no_constraint_is_checked_where_there_is_none(fields: dict[str, Any]) -> None:
+    router = Router()
+    assert (await router.validator.validate({"prompt": [1], **fields})).sampling.constraint is None
+    assert router.constraints == []
+
+
+async def test_a_refused_constraint_is_named_as_the_client_wrote_it() -> None:
+    router = Router()
+    with pytest.raises(InvalidArgument) as raised:
+        await router.validator.validate({"prompt": [1], "structured_outputs": {"regex": "hostile"}})
+    assert raised.value.field == "structured_outputs.regex"
+    assert raised.value.message == "structured_outputs.regex: too large when compiled"
+    router.validator.close()
+
+
+async def test_constraints_are_checked_off_the_loop_not_too_many_and_not_for_ever() -> None:
+    may_end = threading.Event()
+    threads: list[str] = []
+
+    def check(constraint: Constraint) -> None:
+        threads.append(threading.current_thread().name)
+        may_end.wait(timeout=10)
+
+    validator = make_validator(validation.Config(constraint_checks_waiting_max=1), check_constraint=check)
+    fields = {"prompt": [1], "guided_regex": "a"}
+    first = asyncio.create_task(validator.validate(fields))
+    await asyncio.sleep(0)
+    with pytest.raises(ResourceExhausted, match="too many constraints at once"):
+        await validator.validate(fields)
+    assert await validator.validate({"prompt": [1]})  # nobody else waits for it
+    may_end.set()
+    assert await first
+    may_end.clear()
+    with pytest.raises(DeadlineExceeded):
+        await validator.validate({**fields, "triptych": {"deadline_ms": 1}})
+    may_end.set()
+    validator.close()
+    assert all(name.startswith("check") for name in threads)
 
 
 @pytest.mark.parametrize("prompt", ["\x05", ["\x05"], [5], [[5]], " 5", [" 5"]])
@@ -301,7 +518,7 @@ class SlowVocabulary(OracleVocabulary):
         self.may_encode = threading.Event()
         self.encoded: list[str] = []
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         self.may_encode.wait(timeout=10)
         self.encoded.append(text)
         return super().encode(text)
@@ -387,6 +604,7 @@ def make_validator(
     card: ModelCard = CARD,
     draw_seed: Any = lambda: 1,
     vocabulary: OracleVocabulary | None = None,
+    check_constraint: validation.CheckConstraint = lambda constraint: None,
     **clock: Any,
 ) -> Validator:
     return Validator(
@@ -395,5 +613,6 @@ def make_validator(
         vocabulary=vocabulary or OracleVocabulary(card.vocab_size),
         draw_seed=draw_seed,
         count_unknown=lambda count: None,
+        check_constraint=check_constraint,
         **clock,
     )

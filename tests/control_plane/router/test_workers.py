@@ -57,3 +57,29 @@ def test_names_that_a_worker_invents_are_bounded() -> None:
     assert pool.events["other"] == 10
     report(pool, worker, **{"x" * 1_000: 1})
     assert max(map(len, pool.events)) <= limits.METRIC_LABEL_CHARACTERS_MAX
+
+
+# -- prefix caches -----------------------------------------------------------------------------------------------------
+def test_cache_lookups_of_all_workers_are_one_sum_that_never_goes_down() -> None:
+    pool = WorkerPool()
+    first, second = listed(pool, "a", "b")
+    for worker, hits, queries in ((first, 3, 10), (second, 5, 5), (first, 4, 20), (second, 1, 2)):
+        status = pb.WorkerStatus(worker=worker.id, prefix_hit_tokens=hits, prefix_query_tokens=queries)
+        pool.on_status_untrusted(worker, status)
+    assert pool.prefix_cache == {"hits": 3 + 5 + 1 + 1, "queries": 10 + 5 + 10 + 2}
+
+
+# -- groups ------------------------------------------------------------------------------------------------------------
+def test_a_group_must_fit_into_every_decode_worker() -> None:
+    pool = WorkerPool()
+    infos = [
+        pb.WorkerInfo(worker=name, roles=["decode"], block_size_tokens=16, total_columns=columns)
+        for name, columns in (("a", 10), ("b", 9))
+    ]
+    pool.adopt(pb.WorkerTable(term=1, workers=infos))
+    assert pool.holds_group(10_000, 2, 8), "nobody is there yet: nothing is known"
+    for worker in pool:
+        pool.on_link_up(worker)
+        pool.on_status_untrusted(worker, pb.WorkerStatus(worker=worker.id, state="SERVING", roles=["decode"]))
+    assert pool.holds_group(9 * 16 - 2 * (16 + 8), 2, 8)
+    assert not pool.holds_group(9 * 16 - 2 * (16 + 8) + 1, 2, 8)

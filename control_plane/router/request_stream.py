@@ -1,0 +1,219 @@
+"""One client's view of its request: the core's outputs on one side, a reader on the other.
+
+    Edge --push--> Choice, Choice, ... --next--> News        one wake-up and one reading for all that has come
+
+What does not belong here: which requests there are and what becomes of their figures (`edge`), text (`choice`).
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from types import TracebackType
+from typing import NamedTuple, Protocol, Self
+
+from control_plane.router.choice import Choice, Delta
+from control_plane.router.requests import Ended, PromptScored, RequestStats, TokensReady
+from control_plane.router.validation import ValidatedRequest
+from engine.base.errors import Cancelled
+from engine.types import FinishReason, TokenLogprobs
+
+
+class News(NamedTuple):
+    """What became readable since the last one: every prompt score before the first delta, the ending last."""
+
+    scored: Sequence[PromptScored]
+    deltas: Sequence[Delta]  # in the order in which their choices were heard of, one per choice
+    ended: Ended | None
+
+
+class Owner(Protocol):
+    """Who speaks to the core for a stream."""
+
+    @property
+    def read_grace_ms(self) -> int: ...
+
+    def stop(self, stream: "RequestStream", choice: int) -> None: ...
+
+    def cancel(self, stream: "RequestStream") -> None: ...
+
+
+class RequestStream:
+    """One client's view of its request: `async` reading on one side, the core's pushes on the other.
+
+    One reader. After `News` with `ended` there is nothing more. Leaving the `with` block, however it happens,
+    closes the stream, which cancels the request unless it has ended.
+    """
+
+    __slots__ = (
+        "_choices",
+        "_closed",
+        "_ended",
+        "_on_overflow",
+        "_open_choices",
+        "_owner",
+        "_readable",
+        "_scored",
+        "_wakeup",
+        "first_us",
+        "id",
+        "key",
+        "last_us",
+        "opened_us",
+        "request",
+        "second_us",
+        "tokens",
+        "unread_tokens",
+    )
+
+    def __init__(
+        self,
+        owner: Owner,
+        key: int,
+        id: str,
+        request: ValidatedRequest,
+        choices: Sequence[Choice],
+        opened_us: int,
+    ) -> None:
+        self.key = key
+        self.id = id
+        self.request = request
+        self.unread_tokens = 0  # of all choices
+        # Figures, for who accounts for the request: output tokens of each choice, and when they came.
+        self.tokens = [0] * len(choices)
+        self.opened_us = opened_us
+        self.first_us: int | None = None
+        self.second_us: int | None = None  # of the choice that got so far first
+        self.last_us = opened_us
+        self._owner = owner
+        self._choices = choices
+        self._open_choices = len(choices)  # whose last delta has not been read
+        self._readable: list[Choice] = []  # those with something unread, each once
+        self._scored: list[PromptScored] = []
+        self._ended: Ended | None = None
+        self._closed = False
+        self._wakeup: asyncio.Future[None] | None = None
+        self._on_overflow: Callable[[], None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close("client disconnected")
+
+    # -- the reader's side ---------------------------------------------------------------------------------------------
+    async def next(self) -> News:
+        """Everything since the last call, in one piece: a reader that fell behind catches up in one step.
+
+        The request's last delta comes together with its ending, so that whoever writes it knows that it is the last.
+        """
+        if not self._readable and not self._scored and self._ended is None:
+            await self._changed()
+        scored, self._scored = self._scored, []
+        deltas = self._read()
+        while not self._open_choices and self._ended is None:
+            await self._changed()
+        return News(scored, deltas, self._ended)
+
+    def _read(self) -> list[Delta]:
+        readable, self._readable = self._readable, []
+        self.unread_tokens = 0
+        deltas = []
+        for choice in readable:
+            deltas.append(choice.read())
+            if choice.over:
+                self._open_choices -= 1
+                if not choice.finished_by_core:
+                    self._owner.stop(self, choice.index)
+        return deltas
+
+    async def _changed(self) -> None:
+        self._wakeup = asyncio.get_running_loop().create_future()
+        try:
+            await self._wakeup
+        finally:
+            self._wakeup = None
+
+    @asynccontextmanager
+    async def patience(self) -> AsyncIterator[None]:
+        """Around everything sent to the client: `TimeoutError` if it does not read.
+
+        One timer per request, not one per token: a send blocks for ever once the client has stopped reading.
+        """
+        patience_ms = self.request.deadline_ms + self._owner.read_grace_ms
+        async with asyncio.timeout(patience_ms / 1000) as limit:
+            self._on_overflow = lambda: None if limit.expired() else limit.reschedule(0.0)
+            try:
+                yield
+            finally:
+                self._on_overflow = None
+
+    def close(self, reason: str) -> None:
+        """Stop reading; idempotent. The reader, if it still waits, gets `Cancelled`."""
+        if self._ended is None and not self._closed:
+            self._abandon(reason)
+            self._owner.cancel(self)
+
+    # -- the edge's side -----------------------------------------------------------------------------------------------
+    def push(self, output: TokensReady, now_us: int) -> None:
+        choice = self._choices[output.choice]
+        if choice.over:
+            return  # it stopped at a string, and the core has not heard of it yet
+        tokens = len(output.token_ids)
+        self.tokens[output.choice] += tokens
+        self.last_us = now_us
+        if self.second_us is None:
+            self._mark_first_tokens(output.choice, now_us)
+        if not self._closed:
+            self.unread_tokens += tokens
+            self._hand_on(choice, output.token_ids, output.logprobs, output.finish)
+            self._wake()
+
+    def push_scores(self, output: PromptScored) -> None:
+        if not self._closed:
+            self._scored.append(output)
+            self._wake()
+
+    def end(self, ended: Ended) -> None:
+        if self._ended is not None:  # a closed stream has told its reader already
+            return
+        self._ended = ended
+        if ended.finish is not None:
+            for choice in self._choices:  # that said nothing of its own: one without tokens, for example
+                if not choice.over and not choice.finished_by_core:
+                    self._hand_on(choice, (), (), ended.finish)
+        self._wake()
+
+    def _hand_on(
+        self,
+        choice: Choice,
+        token_ids: Sequence[int],
+        logprobs: Sequence[TokenLogprobs],
+        finish: FinishReason | None,
+    ) -> None:
+        if not choice.readable:
+            self._readable.append(choice)
+        choice.push(token_ids, logprobs, finish)
+
+    def _mark_first_tokens(self, choice: int, now_us: int) -> None:
+        if self.first_us is None:
+            self.first_us = now_us
+        if self.tokens[choice] > 1:
+            self.second_us = now_us
+
+    def overflow(self) -> None:
+        """Too much is unread: forget it, and interrupt a reader that is stuck in sending."""
+        self._abandon("the client does not read")
+        if self._on_overflow is not None:
+            self._on_overflow()
+
+    def _abandon(self, reason: str) -> None:
+        self._closed = True
+        self._readable, self._scored, self.unread_tokens = [], [], 0
+        self._ended = Ended(key=self.key, error=Cancelled(reason), stats=RequestStats())
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._wakeup is not None and not self._wakeup.done():
+            self._wakeup.set_result(None)
