@@ -4,8 +4,8 @@
 
 A mask is a function of the constraint and the output tokens alone. Live matchers are a cache: a sequence that arrives
 from another worker has its output replayed, and a sequence that stays pays for one token per step. The end of
-sequence is in the mask exactly where the output is complete; where it cannot go on, nothing else is. Should an end be
-ignored (`ignore_eos`), only ends follow it: the answer stays complete, and the sequence runs out its length.
+sequence is in the mask exactly where the output is complete; where it cannot go on, nothing else is. That is
+why the scheduler ends a complete constrained output even where ends are to be ignored (`ignore_eos`).
 
 What a constraint may cost is bounded by work counted, not by a clock (`limits.CONSTRAINT_*`), so that every worker
 gives up at much the same point: the sequence fails, alone. Copies of a matcher share what its lexer has learnt, and the

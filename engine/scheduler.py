@@ -422,7 +422,9 @@ class Scheduler:
         sampling = sequence.sampling
         if sampling.max_tokens == 0:
             return FinishReason.LENGTH
-        is_eos = token_id in self._config.eos_token_ids and not sampling.ignore_eos
+        # A complete constrained output has nothing left to say but ends, so that one ends it in any case.
+        ignores_eos = sampling.ignore_eos and sampling.constraint is None
+        is_eos = token_id in self._config.eos_token_ids and not ignores_eos
         if position >= sampling.min_tokens and (is_eos or token_id in sampling.stop_token_ids):
             return FinishReason.STOP
         if position + 1 >= sampling.max_tokens or len(sequence.token_ids) + 1 >= self._config.max_model_len:

@@ -22,7 +22,7 @@ from engine.commands import (
 )
 from engine.kv.allocator import ColumnAllocator
 from engine.scheduler import Failure, Scheduler
-from engine.types import FinishReason, SamplingParams, TokenLogprobs
+from engine.types import Constraint, ConstraintKind, FinishReason, SamplingParams, TokenLogprobs
 
 
 class FixedBatching:
@@ -218,6 +218,17 @@ def test_nothing_stops_before_min_tokens() -> None:
 
 
 # -- the batching seam -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("constraint", "finish"), [(None, None), (Constraint(ConstraintKind.JSON_OBJECT), "stop")])
+def test_an_ignored_end_still_ends_what_is_complete(constraint: Constraint | None, finish: str | None) -> None:
+    """A constraint allows an end only where the output is complete, and then nothing else may follow."""
+    config = Scheduler.Config(block_size=4, eos_token_ids=frozenset({9}))
+    subject = Scheduler(config, ColumnAllocator(8, layers=1, heads=1))
+    sampling = SamplingParams(max_tokens=16, ignore_eos=True, constraint=constraint)
+    subject.add_prefill(replace(prefill(1), sampling=sampling))
+    events = subject.apply(StepOutput(planned(subject).step_id, {1: (Sampled(9),)}), 0)
+    assert [token.finish for event in events if isinstance(event, Prefilled) for token in event.tokens] == [finish]
+
+
 def test_batching_is_told_what_runs_and_what_waits() -> None:
     batching = FixedBatching((1, 3))
     subject = scheduler(columns=16, batching=batching, step_sequences=4)
