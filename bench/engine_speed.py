@@ -38,9 +38,10 @@ PREFILL_PAIRS = 15
 DECODES = ((1, 200, 40), (8, 200, 30), (8, 1_500, 20))  # streams, context, pairs
 GRID_BATCHES = (1, 2, 4, 8, 16)
 GRID_CONTEXTS = (128, 512, 1_024, 2_048, 4_096)
-GRID_STEPS = 5
+GRID_STEPS = 7
 COPY_BYTES = 256 << 20
 MATMUL_SIZE = 2_048
+RATE_SAMPLES = 25  # of which the best counts: the roofline is what the machine can do
 
 PREFILL = Bar(
     name="prefill of 1,024 tokens",
@@ -106,8 +107,8 @@ class ModelCost:
 def measured_rates() -> Rates:
     memory = torch.ones(COPY_BYTES // 4)
     left, right = (torch.randn(MATMUL_SIZE, MATMUL_SIZE).to(torch.bfloat16) for _ in range(2))
-    read_ms = min(_timed_ms(memory.sum) for _ in range(7))
-    matmul_ms = min(_timed_ms(lambda: left @ right) for _ in range(7))
+    read_ms = min(_timed_ms(memory.sum) for _ in range(RATE_SAMPLES))
+    matmul_ms = min(_timed_ms(lambda: left @ right) for _ in range(RATE_SAMPLES))
     return Rates(COPY_BYTES / read_ms / 1e6, 2 * MATMUL_SIZE**3 / matmul_ms / 1e6)
 
 
@@ -256,21 +257,26 @@ class Cell:
 
 def growth(ours: Ours, rates: Rates) -> Figure:
     """Each cell against the smallest step: how often as long it takes, over how often as much it must read."""
-    cells = [_cell(ours, rates, batch, context) for batch in GRID_BATCHES for context in GRID_CONTEXTS]
+    cells = _cells(ours, rates)
     Console().print(_table(cells))
     first = cells[0]
     samples = [(cell.step_ms / first.step_ms) / (cell.megabytes / first.megabytes) for cell in cells[1:]]
     return figure_of(GROWTH, samples, worst=round(max(samples), 3), cells=[asdict(cell) for cell in cells])
 
 
-def _cell(ours: Ours, rates: Rates, batch: int, context: int) -> Cell:
+def _cells(ours: Ours, rates: Rates) -> list[Cell]:
+    """Rounds over the whole grid, so that a neighbour's burst of work hits one step of many cells, not one cell."""
+    shapes = [(batch, context) for batch in GRID_BATCHES for context in GRID_CONTEXTS]
+    rounds = [[ours.step_ms(batch, context - 1, 1) for batch, context in shapes] for _ in range(GRID_STEPS)]
+    fastest = map(min, zip(*rounds, strict=True))
+    return [_cell(ours.cost, rates, shape, step_ms) for shape, step_ms in zip(shapes, fastest, strict=True)]
+
+
+def _cell(cost: ModelCost, rates: Rates, shape: tuple[int, int], step_ms: float) -> Cell:
+    batch, context = shape
     contexts = [context] * batch
-    ours.step_ms(batch, context - 1, 1)
-    step_ms = min(ours.step_ms(batch, context - 1, 1) for _ in range(GRID_STEPS))
-    roofline_ms = max(ours.cost.roofline(rates, contexts))
-    return Cell(
-        batch, context, round(step_ms, 2), round(ours.cost.step_bytes(contexts) / 1e6, 1), round(roofline_ms, 2)
-    )
+    megabytes, roofline_ms = cost.step_bytes(contexts) / 1e6, max(cost.roofline(rates, contexts))
+    return Cell(batch, context, round(step_ms, 2), round(megabytes, 1), round(roofline_ms, 2))
 
 
 def _table(cells: Sequence[Cell]) -> Table:

@@ -12,16 +12,6 @@ A sequence's life, and who may free its units:
     Pause: running -> Paused, held for its Source, until Release
     A running sequence that no column is left for: Paused (preempted), or waiting again where prompts are computed too
     A group (n > 1): prefilled or received once, then forked into one running sequence per choice
-    A running sequence that no column is left for: Paused (preempted), or waiting again where prompts are computed too
-    A group (n > 1): prefilled or received once, then forked into one running sequence per choice
-    A running sequence that no column is left for: Paused (preempted), or waiting again where prompts are computed too
-    A group (n > 1): prefilled or received once, then forked into one running sequence per choice
-    A running sequence that no column is left for: Paused (preempted), or waiting again where prompts are computed too
-    A group (n > 1): prefilled or received once, then forked into one running sequence per choice
-    A running sequence that no column is left for: Paused (preempted), or waiting again where prompts are computed too
-    A group (n > 1): prefilled or received once, then forked into one running sequence per choice
-    A running sequence that no column is left for: Paused (preempted), or waiting again where prompts are computed too
-    A group (n > 1): prefilled or received once, then forked into one running sequence per choice
     Release: ends any of them, at any time, any number of times. Only the caller knows whether a codec thread still
     reads or writes the units, so only the caller may send it (DESIGN 2.2: a block has two lifetimes).
 """

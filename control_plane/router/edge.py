@@ -16,10 +16,11 @@ import itertools
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from control_plane.router.choice import Choice
+from control_plane.router.fields import refuse
 from control_plane.router.request_stream import RequestStream
 from control_plane.router.requests import (
     Cancel,
@@ -201,7 +202,7 @@ class Edge:
     def _end(self, stream: RequestStream, ended: Ended) -> None:
         del self._live[stream.key]
         del self._keys_by_id[stream.id]
-        stream.end(ended)
+        stream.end(_in_clients_words(ended, stream.request))
         record = _record(stream, ended, self._clock_us())
         self._observer.request_ended(record)
         log.info("request %s", _log_line(stream, record))
@@ -261,6 +262,14 @@ def _submit(key: int, request: ValidatedRequest) -> Submit:
         choices=request.choices,
         priority=request.priority,
     )
+
+
+def _in_clients_words(ended: Ended, request: ValidatedRequest) -> Ended:
+    """A worker finds a fault in the constraint; only we know in which of the fields for one the client wrote it."""
+    error = ended.error
+    if not (request.constraint_field and isinstance(error, InvalidArgument) and error.field == "constraint"):
+        return ended
+    return replace(ended, error=refuse(request.constraint_field, error.message.removeprefix("constraint: ")))
 
 
 def _record(stream: RequestStream, ended: Ended, now_us: int) -> RequestRecord:

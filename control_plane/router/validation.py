@@ -101,6 +101,7 @@ class ValidatedRequest:
     include_usage: bool = False
     continuous_usage: bool = False
     label: str = ""  # the client's own id: printed, never a key
+    constraint_field: str = ""  # which of the fields for one holds the constraint: for whoever finds a fault in it
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +203,7 @@ class Validator:
             codec=codec,
             echo_text=prompt.echo_text,
             skip_special_tokens=prompt_fields.skip_special_tokens,
+            constraint_field=constraint.field if constraint is not None else "",
             **answer,
         )
         check_fit(request)

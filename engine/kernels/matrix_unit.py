@@ -14,7 +14,7 @@ rows cost what one costs: reading them.
         for 32 of K:   two tiles of weights, one of x, two products; ask for the same of the next stretch
         sums -> bias, other, rounding -> out
 
-Legend: M rows of x, N outputs, K inputs, J = 2 K * 16 numbers of interleaved x, R weight rows of a stretch.
+Legend: M rows of x, N outputs, K inputs, P = K / 2 pairs of them, R weight rows of a stretch.
 """
 
 import ctypes
@@ -64,11 +64,11 @@ def tiled_product() -> Callable[..., None]:
 
     def kernel(x_MK: Any, weight_NK: Any, bias_N: Any, other_MN: Any, out_MN: Any) -> None:
         settings = _tile_settings()
-        x_J = np.zeros(x_MK.shape[1] * 16, np.uint16)
-        _interleave(x_MK, x_J)
+        x_P16 = np.zeros((x_MK.shape[1] // 2, 16), np.uint32)
+        _interleave(x_MK.view(np.uint32), x_P16)
         for stretch in prange(weight_NK.shape[0] // 32):
             sums_RM = np.empty((32, 16), np.float32)
-            _multiply(x_J, weight_NK, stretch * 32, settings, sums_RM)
+            _multiply(x_P16, weight_NK, stretch * 32, settings, sums_RM)
             _finish(sums_RM, stretch * 32, bias_N, other_MN, out_MN)
 
     return compiled(kernel, parallel=True)
@@ -85,30 +85,38 @@ def _tile_settings() -> Any:
 
 
 @njit(fastmath=set(FLAGS))
-def _interleave(x_MK: Any, x_J: Any) -> None:
-    """Pair j of inputs, for all sixteen rows, then pair j + 1: x_J[(j * 16 + m) * 2 + (0, 1)]. Missing rows stay 0."""
-    for m in range(x_MK.shape[0]):
-        x_K = x_MK[m]
-        for j in range(x_MK.shape[1] // 2):
-            x_J[(j * 16 + m) * 2] = x_K[2 * j]
-            x_J[(j * 16 + m) * 2 + 1] = x_K[2 * j + 1]
+def _interleave(pairs_MP: Any, x_P16: Any) -> None:
+    """Pair p of all sixteen rows, then pair p + 1: a transposition of pairs. Rows that are missing stay 0."""
+    for m in range(pairs_MP.shape[0]):
+        pairs_P = pairs_MP[m]
+        for p in range(pairs_P.shape[0]):
+            x_P16[p, m] = pairs_P[p]
 
 
 @njit(fastmath=set(FLAGS))
 def _finish(sums_RM: Any, n: int, bias_N: Any, other_MN: Any, out_MN: Any) -> None:
+    """Loops of one operation each, which LLVM gives lanes; one loop with conditions would have none."""
+    total_R = np.empty(sums_RM.shape[0], np.float32)
     for m in range(out_MN.shape[0]):
-        out_R = out_MN[m, n : n + 32]
-        for r in range(32):
-            total = sums_RM[r, m]
-            if bias_N.shape[0] > 0:
-                total += widen(bias_N[n + r])
-            if other_MN.shape[0] > 0:
-                total += widen(other_MN[m, n + r])
-            out_R[r] = narrow(total, out_R[r])
+        for r in range(total_R.shape[0]):
+            total_R[r] = sums_RM[r, m]
+        if bias_N.shape[0] > 0:
+            _add(total_R, bias_N[n : n + total_R.shape[0]])
+        if other_MN.shape[0] > 0:
+            _add(total_R, other_MN[m, n : n + total_R.shape[0]])
+        out_R = out_MN[m, n : n + total_R.shape[0]]
+        for r in range(total_R.shape[0]):
+            out_R[r] = narrow(total_R[r], out_R[r])
+
+
+@njit(fastmath=set(FLAGS))
+def _add(total_R: Any, more_R: Any) -> None:
+    for r in range(total_R.shape[0]):
+        total_R[r] += widen(more_R[r])
 
 
 @intrinsic
-def _multiply(typingctx: Any, x_J: Any, weight_NK: Any, n: Any, settings: Any, sums_RM: Any) -> Any:
+def _multiply(typingctx: Any, x_P16: Any, weight_NK: Any, n: Any, settings: Any, sums_RM: Any) -> Any:
     """sums_RM[r, m] = weight_NK[n + r] . x[m] for 32 weight rows.
 
     The registers are set up and released here: oneDNN, which uses the same ones, expects to find them released.
@@ -116,7 +124,7 @@ def _multiply(typingctx: Any, x_J: Any, weight_NK: Any, n: Any, settings: Any, s
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         unit = _Unit(builder)
-        x = data_of(context, builder, x_J, arguments[0])
+        x = data_of(context, builder, x_P16, arguments[0])
         weights, width = matrix_of(context, builder, weight_NK, arguments[1])
         sums = data_of(context, builder, sums_RM, arguments[4])
         row_bytes = builder.mul(width, _I64(2))
@@ -126,7 +134,7 @@ def _multiply(typingctx: Any, x_J: Any, weight_NK: Any, n: Any, settings: Any, s
             unit.call("tilezero", _I8(tile))
         with cgutils.for_range_slice(builder, _I64(0), width, _I64(INPUTS_MULTIPLE), _I64) as (k, _):
             here = builder.add(first, k)
-            unit.load(_X, x, builder.mul(k, _I64(_TILE_ROWS)), _I64(_TILE_ROW_BYTES))
+            unit.load(_X, x, builder.mul(k, _I64(_TILE_ROWS // 2)), _I64(_TILE_ROW_BYTES))  # 16 of P a tile
             for index, (sum_tile, tile) in enumerate(zip(_SUMS, _WEIGHTS, strict=True)):
                 rows_before = builder.mul(width, _I64(index * _TILE_ROWS))
                 unit.load(tile, weights, builder.add(here, rows_before), row_bytes)
@@ -139,7 +147,7 @@ def _multiply(typingctx: Any, x_J: Any, weight_NK: Any, n: Any, settings: Any, s
         unit.call("tilerelease")
         return context.get_dummy_value()
 
-    return types.void(x_J, weight_NK, types.int64, settings, sums_RM), generate
+    return types.void(x_P16, weight_NK, types.int64, settings, sums_RM), generate
 
 
 class _Unit:

@@ -31,9 +31,9 @@ from functools import cache
 from typing import Any, Final
 
 import numpy as np
-from numba import prange
+from numba import njit, prange
 
-from engine.kernels import compiled
+from engine.kernels import FLAGS, compiled
 from engine.kernels.lanes import add_weighted_rows, dot_rows, exponential, largest, narrow, prefetch, widen
 
 PIECE_TOKENS: Final = 128  # its K strips stay in the first-level cache's neighbour until the V strips are done
@@ -49,7 +49,7 @@ def decode_attention(head_dim: int, group: int) -> Callable[..., None]:
     def kernel(
         query_TQD: Any,
         pages: Any,  # the whole arena, flat
-        pieces_I4: Any,  # (sequence, kv head, first token, end token), a sequence's and head's pieces in a row
+        pieces_I4: Any,  # (sequence, kv head, first token, end token); those of a sequence and head are neighbours
         first_piece_M: Any,  # of each (sequence, kv head), and the end
         columns: Any,  # all sequences' tables, one after the other, as element offsets of their columns
         first_column_N: Any,
@@ -67,65 +67,114 @@ def decode_attention(head_dim: int, group: int) -> Callable[..., None]:
         strip = slots * dim
         for i in prange(pieces_I4.shape[0]):
             n, head, start, end = pieces_I4[i, 0], pieces_I4[i, 1], pieces_I4[i, 2], pieces_I4[i, 3]
+            table = columns[first_column_N[n] :]
+            keys = layer_offset + head * 2 * strip
             query_GD = np.empty((group, dim), np.float32)
             for g in range(group):
-                row = query_TQD[row_N[n], head * group + g]
-                for d in range(dim):
-                    query_GD[g, d] = widen(row[d]) * scaling
+                _scale(query_TQD[row_N[n], head * group + g], scaling, query_GD[g])
             scores_GR = np.empty((group, end - start), np.float32)
-            table = columns[first_column_N[n] :]
-            page = layer_offset + head * 2 * strip
-            token = start
-            while token < end:
-                slot = token % slots
-                rows = min(slots - slot, end - token)
-                if token + rows < end:
-                    prefetch(pages, table[token // slots + 1] + page, 2 * strip)
-                keys = table[token // slots] + page + slot * dim
-                for g in range(0, group, together):
-                    dot_rows(query_GD[g:], pages, keys, rows, scores_GR[g:], token - start, together, dim)
-                token += rows
+            _score(query_GD, pages, table, keys, start, end, slots, scores_GR, group, together, dim)
             for g in range(group):
-                score_R = scores_GR[g]
-                if softcap > 0:
-                    for r in range(end - start):
-                        score_R[r] = softcap - 2 * softcap / (exponential(2 * score_R[r] / softcap) + 1)
-                highest = largest(score_R)
-                total = np.float32(0)
-                for r in range(end - start):
-                    score_R[r] = exponential(score_R[r] - highest)
-                    total += score_R[r]
-                largest_IG[i, g] = highest
-                total_IG[i, g] = total
-            sums_GD = sums_IGD[i]
-            sums_GD[:] = 0
-            token = start
-            while token < end:
-                slot = token % slots
-                rows = min(slots - slot, end - token)
-                values = table[token // slots] + page + strip + slot * dim
-                for g in range(0, group, together):
-                    add_weighted_rows(sums_GD[g:], pages, values, rows, scores_GR[g:], token - start, together, dim)
-                token += rows
+                largest_IG[i, g], total_IG[i, g] = _weigh(scores_GR[g], softcap)
+            sums_IGD[i] = 0
+            _sum(scores_GR, pages, table, keys + strip, start, end, slots, sums_IGD[i], group, together, dim)
         for m in prange(first_piece_M.shape[0] - 1):
             first, end = first_piece_M[m], first_piece_M[m + 1]
-            n, head = pieces_I4[first, 0], pieces_I4[first, 1]
+            row, head = row_N[pieces_I4[first, 0]], pieces_I4[first, 1]
             for g in range(group):
-                highest = largest(largest_IG[first:end, g])
-                sum_D = sums_IGD[first, g]
-                total = np.float32(0)
-                for i in range(first, end):
-                    weight = exponential(largest_IG[i, g] - highest)
-                    total += weight * total_IG[i, g]
-                    piece_D = sums_IGD[i, g]
-                    for d in range(dim):
-                        sum_D[d] = weight * piece_D[d] if i == first else sum_D[d] + weight * piece_D[d]
-                out_D = out_TQD[row_N[n], head * group + g]
-                for d in range(dim):
-                    out_D[d] = narrow(sum_D[d] / total, out_D[d])
-                lse_TQ[row_N[n], head * group + g] = highest + np.log(total)
+                q = head * group + g
+                lse_TQ[row, q] = _merge(
+                    largest_IG[first:end, g], total_IG[first:end, g], sums_IGD[first:end, g], out_TQD[row, q]
+                )
 
     return compiled(kernel, parallel=True)
+
+
+@njit(fastmath=set(FLAGS))
+def _scale(query_D: Any, scaling: Any, out_D: Any) -> None:
+    for d in range(out_D.shape[0]):
+        out_D[d] = widen(query_D[d]) * scaling
+
+
+@njit(inline="always")
+def _score(
+    query_GD: Any,
+    pages: Any,
+    table: Any,
+    keys: int,
+    start: int,
+    end: int,
+    slots: int,
+    scores_GR: Any,
+    group: int,
+    together: int,
+    dim: int,
+) -> None:
+    """scores = query . key, block by block. The next block's page, K and V, is asked for before this one is read."""
+    token = start
+    while token < end:
+        slot = token % slots
+        rows = min(slots - slot, end - token)
+        if token + rows < end:
+            prefetch(pages, table[token // slots + 1] + keys, 2 * slots * dim)
+        first = table[token // slots] + keys + slot * dim
+        for g in range(0, group, together):
+            dot_rows(query_GD[g:], pages, first, rows, scores_GR[g:], token - start, together, dim)
+        token += rows
+
+
+@njit(fastmath=set(FLAGS))
+def _weigh(score_R: Any, softcap: Any) -> Any:
+    """Scores become weights, relative to the largest; returns (the largest, the weights' sum)."""
+    if softcap > 0:
+        for r in range(score_R.shape[0]):  # softcap * tanh(score / softcap)
+            score_R[r] = softcap - 2 * softcap / (exponential(2 * score_R[r] / softcap) + 1)
+    highest, total = largest(score_R), np.float32(0)
+    for r in range(score_R.shape[0]):
+        score_R[r] = exponential(score_R[r] - highest)
+        total += score_R[r]
+    return highest, total
+
+
+@njit(inline="always")
+def _sum(
+    weights_GR: Any,
+    pages: Any,
+    table: Any,
+    values: int,
+    start: int,
+    end: int,
+    slots: int,
+    sums_GD: Any,
+    group: int,
+    together: int,
+    dim: int,
+) -> None:
+    """sums += weights . value, block by block."""
+    token = start
+    while token < end:
+        slot = token % slots
+        rows = min(slots - slot, end - token)
+        first = table[token // slots] + values + slot * dim
+        for g in range(0, group, together):
+            add_weighted_rows(sums_GD[g:], pages, first, rows, weights_GR[g:], token - start, together, dim)
+        token += rows
+
+
+@njit(fastmath=set(FLAGS))
+def _merge(largest_I: Any, total_I: Any, sums_ID: Any, out_D: Any) -> Any:
+    """One answer from the pieces' own; returns its log-sum-exp. Overwrites the first piece's sums."""
+    highest = largest(largest_I)
+    sum_D, total = sums_ID[0], np.float32(0)
+    for i in range(largest_I.shape[0]):
+        weight = exponential(largest_I[i] - highest)
+        total += weight * total_I[i]
+        piece_D = sums_ID[i]
+        for d in range(sum_D.shape[0]):
+            sum_D[d] = weight * piece_D[d] if i == 0 else sum_D[d] + weight * piece_D[d]
+    for d in range(sum_D.shape[0]):
+        out_D[d] = narrow(sum_D[d] / total, out_D[d])
+    return highest + np.log(total)
 
 
 def _heads_together(head_dim: int, group: int) -> int:

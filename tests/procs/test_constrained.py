@@ -213,9 +213,13 @@ async def check_changes(choice: Ask, reference: Transformers, plain: dict[str, A
         assert got == reference.picks(prompt, got, adjust), fields
         return got
 
+    def allow(row: Any, so_far: list[int]) -> None:
+        row[:5] = row[8:] = float("-inf")
+
     def penalise(row: Any, so_far: list[int]) -> None:
+        allow(row, so_far)
         for token in set(so_far):
-            row[token] -= 0.7 * so_far.count(token) + 0.9
+            row[token] -= 1.7 * so_far.count(token) + 0.9
 
     def repeat(row: Any, so_far: list[int]) -> None:
         for token in {*prompt, *so_far}:
@@ -232,21 +236,22 @@ async def check_changes(choice: Ask, reference: Transformers, plain: dict[str, A
         row[1_000] += 100.0
 
     word = (await choice(max_tokens=1))["text"].strip()
-    same, penalised, repeated, biased, raised, delayed, without, allowed, stopped = await asyncio.gather(
+    same, allowed, penalised, repeated, biased, raised, delayed, without, stopped = await asyncio.gather(
         check(lambda row, so_far: None),
-        check(penalise, frequency_penalty=0.7, presence_penalty=0.9),
+        check(allow, allowed_token_ids=[5, 6, 7]),
+        check(penalise, allowed_token_ids=[5, 6, 7], frequency_penalty=1.7, presence_penalty=0.9),
         check(repeat, repetition_penalty=1.3),
         check(forbid, logit_bias={str(first): -100}),
         check(raise_1, logit_bias={"1000": 100}),
         check(forbid_at_first, stop_token_ids=[first], min_tokens=4),
         choice(bad_words=[word]),
-        choice(allowed_token_ids=[5, 7]),
         choice(stop=[word]),
     )
     assert same == output
-    assert output not in (penalised, repeated, biased)
+    assert output not in (repeated, biased)
+    assert allowed != penalised
     assert raised == [1_000] * len(output)
     assert first not in delayed[:4]
     assert word not in without["text"]
-    assert set(allowed["token_ids"]) <= {5, 7}
+    assert set(allowed) | set(penalised) <= {5, 6, 7}
     assert (stopped["text"].strip(), stopped["finish_reason"], stopped["stop_reason"]) == ("", "stop", word)

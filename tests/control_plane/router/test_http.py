@@ -14,7 +14,15 @@ from control_plane.router.edge import Edge
 from control_plane.router.requests import Cancel, ResetCache
 from control_plane.router.vocabulary import OracleVocabulary
 from engine.base import limits
-from engine.base.errors import DataLoss, DeadlineExceeded, Internal, ResourceExhausted, TriptychError, Unavailable
+from engine.base.errors import (
+    DataLoss,
+    DeadlineExceeded,
+    Internal,
+    InvalidArgument,
+    ResourceExhausted,
+    TriptychError,
+    Unavailable,
+)
 from engine.types import FinishReason
 from tests.control_plane.router.edge_fakes import STATS, Call, Router, answers, body, events, turns
 
@@ -174,6 +182,20 @@ async def test_a_failure_before_the_first_token_is_a_plain_http_error(
     assert answer.status_code == status
     assert answer.headers.get("retry-after") == retry
     assert answer.json() == {"error": {"message": error.message, "type": kind, "param": None, "code": status}}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("guided_regex", "a{9}"), ("structured_outputs.choice", ["a"]), ("response_format", None)]
+)
+async def test_a_constraint_that_a_worker_gave_up_is_named_as_the_client_wrote_it(field: str, value: Any) -> None:
+    name, _, kind = field.partition(".")
+    fields = {name: {kind: value} if kind else value or {"type": "json_object"}}
+    router = Router()
+    router.core.script = answers(ending=InvalidArgument("constraint: costs too much", field="constraint"))
+    answer = await router.complete(**fields)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, field)
+    assert error["message"] == f"{field}: costs too much"
 
 
 async def test_a_failure_in_mid_stream_is_an_error_event_and_then_done() -> None:

@@ -117,7 +117,7 @@ async def test_every_field_means_what_it_means_over_http(served: Server) -> None
         "truncate_prompt_tokens": 2,
         "allowed_token_ids": [5, 6],
         "bad_words": ["a"],
-        "guided_regex": "a+",
+        "structured_outputs": {"regex": "a+"},
         "cache_salt": "s",
         "priority": -2,
         "add_special_tokens": False,
