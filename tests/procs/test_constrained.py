@@ -1,4 +1,4 @@
-"""Constrained output and all that is asked of tokens, over HTTP and two processes, with real weights.
+"""Constrained output and all that is asked of tokens, over HTTP, with real weights.
 
 Outputs are in their language; a hostile constraint is refused or fails alone; log-probabilities and what changes them
 are those of transformers, in fp32.
@@ -18,7 +18,7 @@ import pytest
 
 from control_plane.options import Dtype, EngineOptions
 from deploy.local import Child, LocalCluster
-from tests.procs.harness import REQUEST_TIMEOUT_S, chunks, cluster, complete, settle
+from tests.procs.harness import REQUEST_TIMEOUT_S, chunks, cluster, complete, wait_quiet
 
 CLOSE = 1e-3  # nats
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
@@ -123,7 +123,7 @@ async def test_constrained_outputs_are_valid_and_hostile_constraints_fail_alone(
         assert await beside == alone
         plain_s = await cost_s(client, running, {})
         costs_s = {name: await cost_s(client, running, HOSTILE[name]) - plain_s for name in HOSTILE}
-        await settle(client, running)
+        await wait_quiet(client, running)
     print({name: (answers[name].status_code, round(costs_s[name], 2)) for name in HOSTILE})
     for name, answer in answers.items():
         assert answer.status_code in (200, 400), (name, answer.text)
@@ -169,49 +169,58 @@ class Transformers:
 
 
 PROMPT = "The quick brown fox jumps over the lazy dog. The quick brown"
+OUTPUT = 6  # tokens
+SCORED = (0, OUTPUT)  # output tokens of requests that ask for scores of the prompt, too
+
+Answer = dict[str, Any]
+Adjust = Callable[[Any, list[int]], None]
 
 
 async def test_scores_and_sampling_fields_are_those_of_transformers(model_dir: Path) -> None:
-    reference = Transformers(model_dir)
-    async with cluster(engine=real(model_dir), ready_timeout_s=120.0) as running, httpx.AsyncClient() as client:
+    engine = real(model_dir)
+    async with (
+        cluster(engine=engine, prefill=0, decode=0, mixed=1, ready_timeout_s=120.0) as running,
+        httpx.AsyncClient() as client,
+    ):
 
-        async def choice(**fields: Any) -> dict[str, Any]:
-            value = await complete(client, running, {"prompt": PROMPT, "max_tokens": 6, **GREEDY, **fields})
-            first: dict[str, Any] = value["choices"][0]
+        async def choice(**fields: Any) -> Answer:
+            value = await complete(client, running, {"prompt": PROMPT, "max_tokens": OUTPUT, **GREEDY, **fields})
+            first: Answer = value["choices"][0]
             return first
 
         plain = await choice()
-        await asyncio.gather(check_scores(choice, reference), check_changes(choice, reference, plain))
-        await settle(client, running)
+        changes = changes_of(plain)
+        scored = await asyncio.gather(*(choice(echo=True, logprobs=2, max_tokens=tokens) for tokens in SCORED))
+        changed = await asyncio.gather(*(choice(**fields) for fields, _ in changes.values()))
+        stopped = await choice(stop=[first_word(plain)])
+        await wait_quiet(client, running)
+    reference = Transformers(model_dir)  # not before: two pools of threads on the same cores hold each other up
+    for answer in scored:
+        check_scores(answer, reference)
+    check_changes(plain, dict(zip(changes, changed, strict=True)), changes, reference)
+    assert (stopped["text"], stopped["finish_reason"], stopped["stop_reason"]) == (" ", "stop", first_word(plain))
 
 
-Ask = Callable[..., Any]
+def first_word(plain: Answer) -> str:
+    word: str = plain["text"].split()[0]
+    return word
 
 
-async def check_scores(choice: Ask, reference: Transformers) -> None:
-    """lm-eval's way: nothing is generated, the prompt is scored. Asked twice: the second time its KV is cached."""
-    for generated in (0, 0, 5):
-        got = await choice(echo=True, logprobs=2, max_tokens=generated)
-        tokens = got["prompt_token_ids"] + got["token_ids"]
-        rows = reference.logprobs(tokens)
-        scores = got["logprobs"]["token_logprobs"]
-        assert scores[0] is None
-        assert len(scores) == len(tokens) == len(got["prompt_token_ids"]) + generated
-        wanted = [float(rows[index, token]) for index, token in enumerate(tokens[1:])]
-        assert scores[1:] == pytest.approx(wanted, abs=CLOSE)
-        best = [float(row.max()) for row in rows[:-1]]
-        assert [max(top.values()) for top in got["logprobs"]["top_logprobs"][1:]] == pytest.approx(best, abs=CLOSE)
-        assert got["text"] == "".join(got["logprobs"]["tokens"])
+def check_scores(answer: Answer, reference: Transformers) -> None:
+    """lm-eval's way: the prompt is scored, whether or not anything is generated."""
+    tokens = answer["prompt_token_ids"] + answer["token_ids"]
+    rows = reference.logprobs(tokens)
+    scores, tops = answer["logprobs"]["token_logprobs"], answer["logprobs"]["top_logprobs"]
+    assert len(scores) == len(tokens) == len(answer["prompt_token_ids"]) + len(answer["token_ids"])
+    assert scores[0] is None
+    assert scores[1:] == pytest.approx([float(rows[i, token]) for i, token in enumerate(tokens[1:])], abs=CLOSE)
+    assert [max(top.values()) for top in tops[1:]] == pytest.approx([float(row.max()) for row in rows[:-1]], abs=CLOSE)
+    assert answer["text"] == "".join(answer["logprobs"]["tokens"])
 
 
-async def check_changes(choice: Ask, reference: Transformers, plain: dict[str, Any]) -> None:
-    prompt, output = plain["prompt_token_ids"], plain["token_ids"]
-    first = output[0]
-
-    async def check(adjust: Callable[[Any, list[int]], None], **fields: Any) -> list[int]:
-        got: list[int] = (await choice(**fields))["token_ids"]
-        assert got == reference.picks(prompt, got, adjust), fields
-        return got
+def changes_of(plain: Answer) -> dict[str, tuple[dict[str, Any], Adjust]]:
+    """Fields that change what is sampled, and what they do to the logits."""
+    prompt, (first, *_) = plain["prompt_token_ids"], plain["token_ids"]
 
     def allow(row: Any, so_far: list[int]) -> None:
         row[:5] = row[8:] = float("-inf")
@@ -228,30 +237,37 @@ async def check_changes(choice: Ask, reference: Transformers, plain: dict[str, A
     def forbid(row: Any, so_far: list[int]) -> None:
         row[first] = float("-inf")
 
-    def forbid_at_first(row: Any, so_far: list[int]) -> None:
+    def forbid_for_4(row: Any, so_far: list[int]) -> None:
         if len(so_far) < 4:
-            row[first] = float("-inf")
+            forbid(row, so_far)
 
-    def raise_1(row: Any, so_far: list[int]) -> None:
+    def lift(row: Any, so_far: list[int]) -> None:
         row[1_000] += 100.0
 
-    word = (await choice(max_tokens=1))["text"].strip()
-    same, allowed, penalised, repeated, biased, raised, delayed, without, stopped = await asyncio.gather(
-        check(lambda row, so_far: None),
-        check(allow, allowed_token_ids=[5, 6, 7]),
-        check(penalise, allowed_token_ids=[5, 6, 7], frequency_penalty=1.7, presence_penalty=0.9),
-        check(repeat, repetition_penalty=1.3),
-        check(forbid, logit_bias={str(first): -100}),
-        check(raise_1, logit_bias={"1000": 100}),
-        check(forbid_at_first, stop_token_ids=[first], min_tokens=4),
-        choice(bad_words=[word]),
-        choice(stop=[word]),
-    )
-    assert same == output
-    assert output not in (repeated, biased)
-    assert allowed != penalised
-    assert raised == [1_000] * len(output)
-    assert first not in delayed[:4]
-    assert word not in without["text"]
-    assert set(allowed) | set(penalised) <= {5, 6, 7}
-    assert (stopped["text"].strip(), stopped["finish_reason"], stopped["stop_reason"]) == ("", "stop", word)
+    allowed = {"allowed_token_ids": [5, 6, 7]}
+    return {
+        "same": ({}, lambda row, so_far: None),
+        "allowed": (allowed, allow),
+        "penalised": ({**allowed, "frequency_penalty": 1.7, "presence_penalty": 0.9}, penalise),
+        "repeated": ({"repetition_penalty": 1.3}, repeat),
+        "biased": ({"logit_bias": {str(first): -100}}, forbid),
+        "lifted": ({"logit_bias": {"1000": 100}}, lift),
+        "without": ({"bad_words": [first_word(plain)]}, forbid),
+        "delayed": ({"stop_token_ids": [first], "min_tokens": 4}, forbid_for_4),
+    }
+
+
+def check_changes(
+    plain: Answer,
+    changed: dict[str, Answer],
+    changes: dict[str, tuple[dict[str, Any], Adjust]],
+    reference: Transformers,
+) -> None:
+    """Each as transformers' logits, changed in the same way, would have it; and each of them did change something."""
+    outputs = {name: answer["token_ids"] for name, answer in changed.items()}
+    for name, output in outputs.items():
+        assert output == reference.picks(plain["prompt_token_ids"], output, changes[name][1]), name
+    assert outputs["same"] == plain["token_ids"]
+    assert plain["token_ids"] not in [outputs[name] for name in ("repeated", "biased", "without", "delayed")]
+    assert outputs["allowed"] != outputs["penalised"]
+    assert outputs["lifted"] == [1_000] * OUTPUT
