@@ -85,10 +85,10 @@ def _children(request: LiveRequest) -> list[pb.ChoiceAttempt]:
 
 
 # -- what workers say of a request -------------------------------------------------------------------------------------
-_FAULTS: Final[Mapping[str, tuple[str, str]]] = {
-    # reason -> (field, text)
+_FAULTS: Final[Mapping[str, tuple[str | None, str]]] = {
+    # reason -> (field, text); no field where it takes several to go wrong
     "constraint": ("constraint", "no output within the constraint was found at a bearable cost"),
-    "nothing_allowed": ("allowed_token_ids", "with bad_words, logit_bias and the constraint no token is allowed"),
+    "nothing_allowed": (None, "allowed_token_ids, bad_words, logit_bias and the constraint together allow no token"),
 }
 
 

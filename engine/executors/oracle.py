@@ -7,7 +7,8 @@
 
 So a row that is missing, stale, foreign, swapped or late changes every token after it (reliability, "oracle engine"),
 and `reference_tokens` says without any memory what the tokens should have been. It says nothing about speed (`paced`)
-nor about numerics: bytes must arrive as they were sent, so codecs have to be lossless.
+nor about numerics: bytes must arrive as they were sent, so codecs have to be lossless. Of the parameters that reshape
+logits (penalties, biases, masks, constraints) it knows none: it has no logits.
 
 Legend: L layers, H heads, P parts, T tokens, X bytes of one token's head; R = L * H * P * X, a token's whole row.
 """
