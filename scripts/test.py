@@ -10,6 +10,7 @@ Cheapest first, so that the first failure is the one that is cheapest to look at
 one failed. A rung without a single test counts as a failure: it means that a marker or a folder was renamed.
 """
 
+import os
 import subprocess
 import sys
 import time
@@ -30,6 +31,11 @@ RUNGS = {
 }
 
 
+# Tensors of a few hundred numbers gain nothing from a second thread, and on a busy machine two threads that wait for
+# each other at every operation take ten times as long. Where speed is the subject, threads are the test's business.
+ENVIRONMENTS = {"units": {"OMP_NUM_THREADS": "1"}, "cluster": {"OMP_NUM_THREADS": "1"}}
+
+
 @dataclass(frozen=True, slots=True)
 class Result:
     rung: str
@@ -46,7 +52,8 @@ def run(rung: str, extra: list[str]) -> Result:
     print(f"== {rung}", flush=True)
     started = time.monotonic()
     command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *RUNGS[rung], *extra]
-    status = subprocess.run(command, cwd=ROOT, check=False).returncode
+    environment = {**os.environ, **ENVIRONMENTS.get(rung, {})}
+    status = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
     passed, failed, skipped = count(report)
     # With -k and the like an empty rung is expected; without, it is a mistake. Crashes leave no report.
     if failed == 0 and status not in ((0, NO_TESTS_COLLECTED) if extra else (0,)):

@@ -140,10 +140,11 @@ def _multiply(typingctx: Any, x_P16: Any, weight_NK: Any, n: Any, settings: Any,
                 rows_before = builder.mul(width, _I64(index * _TILE_ROWS))
                 unit.load(tile, weights, builder.add(here, rows_before), row_bytes)
                 unit.call("tdpbf16ps", _I8(sum_tile), _I8(tile), _I8(_X))
-            # The next stretch, in the order of memory: as many cache lines as this round has used.
+            # The next stretch in the order of memory, as many lines as this round has used, into the second-level
+            # cache: beside this stretch the first-level one has no room for it.
             ahead = builder.add(next_stretch, builder.mul(k, _I64(OUTPUTS_MULTIPLE)))
             for line in range(OUTPUTS_MULTIPLE):
-                prefetch_one(builder, weights, builder.add(ahead, _I64(line * INPUTS_MULTIPLE)))
+                prefetch_one(builder, weights, builder.add(ahead, _I64(line * INPUTS_MULTIPLE)), 2)
         for index, tile in enumerate(_SUMS):
             place = unit.place(sums, _I64(index * _TILE_ROWS * ROWS_MAX))
             unit.call("tilestored64", _I8(tile), place, _I64(_TILE_ROW_BYTES))

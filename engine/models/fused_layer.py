@@ -14,6 +14,7 @@ other activations or experts keep transformers' code, with our products and norm
 Legend: T packed tokens, E hidden size, X q|k|v together, F width of the MLP, Q query heads, H kv heads, D head dim.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,7 @@ from engine.kernels import Array, array_of
 from engine.kernels.layer_parts import rotate_and_store, silu_and_multiply
 from engine.kv.arena import Arena
 from engine.kv.schema import CacheSchema, Stream
-from engine.models.packing import CpuLinear, FusedNorm, close, takes
+from engine.models.packing import FusedNorm, WeightMemory, close, takes
 
 _PROJECTIONS = (
     *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
@@ -82,7 +83,7 @@ class _StepMemory:
 class FusedLayer(nn.Module):
     """Stands in for a transformers decoder layer: same call, same result, same KV in the arena."""
 
-    def __init__(self, layer: Any, scores: Scores, memory: _StepMemory) -> None:
+    def __init__(self, layer: Any, scores: Scores, weights: WeightMemory, step: _StepMemory) -> None:
         super().__init__()
         attention, mlp = layer.self_attn, layer.mlp
         # Found by name: the runner knows layers by their index, its self-check shortens long windows.
@@ -92,13 +93,13 @@ class FusedLayer(nn.Module):
         self._queries: int = attention.q_proj.out_features // attention.head_dim
         self._head_dim: int = attention.head_dim
         self._width: int = mlp.gate_proj.out_features
-        self._memory = memory
+        self._step = step
         self._input_norm = _norm(layer.input_layernorm)
-        self._qkv = _joined(attention.q_proj, attention.k_proj, attention.v_proj)
-        self._o = _joined(attention.o_proj)
+        self._qkv = weights.joined(attention.q_proj, attention.k_proj, attention.v_proj)
+        self._o = weights.joined(attention.o_proj)
         self._post_norm = _norm(layer.post_attention_layernorm)
-        self._gate_up = _joined(mlp.gate_proj, mlp.up_proj)
-        self._down = _joined(mlp.down_proj)
+        self._gate_up = weights.joined(mlp.gate_proj, mlp.up_proj)
+        self._down = weights.joined(mlp.down_proj)
         self._rotate_and_store = rotate_and_store()
         self._silu_and_multiply = silu_and_multiply()
 
@@ -121,7 +122,7 @@ class FusedLayer(nn.Module):
     def _rotate(self, qkv_TX: torch.Tensor, paged: StepAttention, angles: Angles) -> torch.Tensor:
         """Rotated queries. Keys, rotated, and values go to the arena."""
         query_TQD = torch.empty(len(qkv_TX), self._queries, self._head_dim, dtype=qkv_TX.dtype)
-        step = self._memory.arrays(paged, angles)
+        step = self._step.arrays(paged, angles)
         shift = self.layer_idx * step.layer_rows
         self._rotate_and_store(
             array_of(qkv_TX),
@@ -148,39 +149,29 @@ def _norm(module: nn.Module) -> FusedNorm:
     return norm
 
 
-def _joined(*linears: nn.Linear) -> CpuLinear:
-    """Several products of one input as one."""
-    weight_OI = torch.cat([linear.weight.detach() for linear in linears])
-    if all(linear.bias is None for linear in linears):
-        return CpuLinear(weight_OI, None)
-    return CpuLinear(weight_OI, torch.cat([_bias_of(linear) for linear in linears]))
-
-
-def _bias_of(linear: nn.Linear) -> torch.Tensor:
-    weight_OI, bias_O = linear.weight.detach(), linear.bias
-    return weight_OI.new_zeros(len(weight_OI)) if bias_O is None else bias_O.detach()
-
-
 # -- choosing ----------------------------------------------------------------------------------------------------------
 class LayerFuser:
     """Makes fused successors for the layers of one model."""
 
-    def __init__(self) -> None:
-        self._memory = _StepMemory()
+    def __init__(self, weights: WeightMemory) -> None:
+        self._weights = weights
+        self._step = _StepMemory()
 
     def __call__(self, module: nn.Module) -> FusedLayer | None:
         """The successor, or None where there is none that gives the same."""
         if not _has_the_parts(module):
             return None
-        try:
-            return self._fuse(module)
-        except Exception:  # foreign modules raise what they like; whatever it is, this one is left as it is
-            return None
+        room, fused = self._weights.room, None
+        with suppress(Exception):  # foreign modules raise what they like; whatever it is, this one is left as it is
+            fused = self._fuse(module)
+        if fused is None:
+            self._weights.room = room
+        return fused
 
     def _fuse(self, layer: Any) -> FusedLayer | None:
         probe = _Probe(layer)
         expected = probe.run(layer)
-        fused = FusedLayer(layer, probe.scores, self._memory)
+        fused = FusedLayer(layer, probe.scores, self._weights, self._step)
         actual = probe.run(fused)
         return fused if all(map(close, actual, expected)) else None
 

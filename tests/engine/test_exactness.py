@@ -211,6 +211,7 @@ def texts(name: str, *lengths: int) -> list[list[int]]:
     return [cases[length] for length in lengths]
 
 
+@pytest.mark.slow
 @pytest.mark.model
 def test_float32_tokens_of_the_default_model_are_transformers_also_from_its_cache(model_dir: Path) -> None:
     """First the prompts; then the same again, and beside them their second turns, which find what decoding has left."""

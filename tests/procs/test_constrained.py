@@ -176,6 +176,7 @@ Answer = dict[str, Any]
 Adjust = Callable[[Any, list[int]], None]
 
 
+@pytest.mark.slow
 async def test_scores_and_sampling_fields_are_those_of_transformers(model_dir: Path) -> None:
     engine = real(model_dir)
     async with (

@@ -181,6 +181,7 @@ async def test_the_second_turn_goes_where_the_prefix_is() -> None:
 
 
 # -- the real model ----------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.procs
 @pytest.mark.model
 @pytest.mark.timeout(120)
