@@ -24,7 +24,7 @@ from engine.attention import Scores
 from engine.attention.paged_kv import PagedKV, Span
 from engine.attention.paged_sdpa import PagedSdpa, SdpaAttend
 from engine.kernels import Array, array_of
-from engine.kernels.paged_attention import PIECE_TOKENS, decode_attention
+from engine.kernels.paged_attention import PIECE_TOKENS, PIECE_TOKENS_MAX, PIECES_WANTED, decode_attention
 
 Index = npt.NDArray[np.int64]
 
@@ -151,14 +151,15 @@ class _Pieces:
     """How the work is cut for threads, and room for what each piece finds.
 
     sequence   0 ...... first seen ............................ length
-    pieces                   |<- at most PIECE_TOKENS ->|<- ... ->|      once for every kv head
+    pieces                   |<- at most so many tokens ->|<- ... ->|      once for every kv head
     """
 
     def __init__(self, spans: Sequence[Span], window: int | None, pages: Pages, group: int) -> None:
+        tokens_max = _piece_tokens(spans, window, pages.heads)
         pieces: list[tuple[int, int, int, int]] = []
         first_piece: list[int] = [0]
         for sequence, span in enumerate(spans):
-            ranges = _even_ranges(span.first_seen(window), span.length)
+            ranges = _even_ranges(span.first_seen(window), span.length, tokens_max)
             for head in range(pages.heads):
                 pieces += [(sequence, head, start, end) for start, end in ranges]
                 first_piece.append(len(pieces))
@@ -176,7 +177,13 @@ class _Pieces:
         return self._unread_lse_TQ
 
 
-def _even_ranges(start: int, end: int) -> list[tuple[int, int]]:
-    count = -(-(end - start) // PIECE_TOKENS)
+def _piece_tokens(spans: Sequence[Span], window: int | None, heads: int) -> int:
+    """Short pieces keep every thread busy, long ones cost less: as long as leaves enough of them."""
+    tokens = heads * sum(span.length - span.first_seen(window) for span in spans)
+    return min(PIECE_TOKENS_MAX, max(PIECE_TOKENS, tokens // PIECES_WANTED))
+
+
+def _even_ranges(start: int, end: int, tokens_max: int) -> list[tuple[int, int]]:
+    count = -(-(end - start) // tokens_max)
     cuts = [start + (end - start) * cut // count for cut in range(count + 1)]
     return list(pairwise(cuts))

@@ -8,7 +8,7 @@ A page holds K and V of one kv head for S tokens; a sequence's pages are scatter
             | K strip  V strip |                                strip = S rows of D numbers, contiguous
             | D D .. D D D .. D |
 
-Loops, outermost first. A *piece* is at most PIECE_TOKENS consecutive tokens of one sequence for one kv head, so threads
+Loops, outermost first. A *piece* is some hundred consecutive tokens of one sequence for one kv head, so threads
 get equal shares whether there are many sequences or one long one (split-K, as in Flash-Decoding):
 
     for piece:                                   parallel
@@ -36,7 +36,9 @@ from numba import njit, prange
 from engine.kernels import FLAGS, compiled
 from engine.kernels.lanes import add_weighted_rows, dot_rows, exponential, largest, narrow, prefetch, widen
 
-PIECE_TOKENS: Final = 128  # its K strips stay in the first-level cache's neighbour until the V strips are done
+PIECE_TOKENS: Final = 128  # where there is little to share out; a large batch has longer pieces (8 x 1,500: -3 %)
+PIECE_TOKENS_MAX: Final = 512
+PIECES_WANTED: Final = 64  # so that the last ones to end leave few threads idle
 _REGISTERS: Final = 16  # of accumulators; the rest are for a row, a weight and queries
 
 
