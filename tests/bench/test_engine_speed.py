@@ -13,7 +13,6 @@ import torch
 from bench import engine_speed
 from bench.figures import Figure
 
-
 NEIGHBOURS = 0.8  # of the bar is what must hold beside other programs
 
 
