@@ -113,6 +113,7 @@ async def cost_s(client: httpx.AsyncClient, running: LocalCluster, constraint: d
     return cpu_s(running.router, *running.workers) - before_s
 
 
+@pytest.mark.slow
 async def test_constrained_outputs_are_valid_and_hostile_constraints_fail_alone(model_dir: Path) -> None:
     async with cluster(engine=real(model_dir), ready_timeout_s=120.0) as running, httpx.AsyncClient() as client:
         await asyncio.gather(*(check_valid(client, running, name) for name in VALID))

@@ -30,7 +30,11 @@ async def ask_at_once(running: LocalCluster, prompts: Sequence[Prompt]) -> Count
 
 @pytest.mark.procs
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("roles", [{"prefill": 0, "decode": 0, "mixed": 1}, {"prefill": 1, "decode": 2}], ids=str)
+@pytest.mark.parametrize(
+    "roles",
+    [{"prefill": 0, "decode": 0, "mixed": 1}, pytest.param({"prefill": 1, "decode": 2}, marks=pytest.mark.slow)],
+    ids=str,
+)
 async def test_preempted_requests_end_right(roles: dict[str, Any]) -> None:
     """Computed again where they were, or moved with their KV from one decode worker to the other."""
     prompts = long_answers(14 * max(1, roles["decode"]))

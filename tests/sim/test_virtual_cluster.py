@@ -12,7 +12,7 @@ import pytest
 
 from tests.sim.simulation import simulate_seed
 
-SEEDS, SLOW_SEEDS, BATCH = 200, 1_200, 20
+SEEDS, SLOW_SEEDS, BATCH = 120, 1_200, 20
 ROOT = Path(__file__).resolve().parents[2]
 
 
