@@ -161,7 +161,7 @@ class DecodeGraphs:
     def _captured(self, size: int) -> tuple[Inputs, Forward]:
         kv = self._runner.kv
         inputs = Inputs.of_size(size, kv, self._config.blocks, self._spare(0))
-        paged = StepAttention(kv, inputs.rows_TH, self._backend.over(kv, inputs.batch, ()))
+        paged = StepAttention(kv, inputs.rows_TH, self._backend.over(kv, inputs.batch))
         kept_rows_N = torch.arange(size, device=kv.device)
 
         def forward() -> torch.Tensor:

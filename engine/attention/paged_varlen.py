@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import torch
 
-from engine.attention import Attend, Scores
+from engine.attention import AttendWithLse, Scores
 from engine.attention.paged_kv import PagedKV, Span
 from engine.attention.paged_sdpa import PagedSdpa
 
@@ -56,15 +56,11 @@ class Kernel(Protocol):
 
     softcaps: bool
 
-    def paged(
-        self, query_TQD: torch.Tensor, key_CSHD: torch.Tensor, value_CSHD: torch.Tensor, batch: Batch, scores: Scores
+    def __call__(
+        self, query_TQD: torch.Tensor, key: torch.Tensor, value: torch.Tensor, batch: Batch, scores: Scores
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(out_TQD, lse_TQ), reading pages in place. Raises RuntimeError for page sizes it does not take."""
-
-    def packed(
-        self, query_TQD: torch.Tensor, key_UHD: torch.Tensor, value_UHD: torch.Tensor, batch: Batch, scores: Scores
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same over keys and values that lie in a row, `batch.lengths_N` of each sequence."""
+        """(out_TQD, lse_TQ). Keys and values are pages [C, S, H, D], walked by the batch's tables, or lie packed in a
+        row [U, H, D], `batch.lengths_N` of each sequence. Raises RuntimeError for page sizes that it does not take."""
 
 
 class TorchVarlen:
@@ -81,44 +77,27 @@ class TorchVarlen:
 
         return cls(varlen_attn)
 
-    def paged(
-        self, query_TQD: torch.Tensor, key_CSHD: torch.Tensor, value_CSHD: torch.Tensor, batch: Batch, scores: Scores
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        pages = {"seqused_k": batch.lengths_N, "block_table": batch.table_NB, "cu_seq_k": None}
-        return self._call(query_TQD, key_CSHD, value_CSHD, batch, scores, **pages)
-
-    def packed(
-        self, query_TQD: torch.Tensor, key_UHD: torch.Tensor, value_UHD: torch.Tensor, batch: Batch, scores: Scores
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._call(query_TQD, key_UHD, value_UHD, batch, scores, cu_seq_k=_starts(batch.lengths_N))
-
-    def _call(
-        self,
-        query_TQD: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        batch: Batch,
-        scores: Scores,
-        *,
-        cu_seq_k: torch.Tensor | None,
-        **pages: torch.Tensor | None,
+    def __call__(
+        self, query_TQD: torch.Tensor, key: torch.Tensor, value: torch.Tensor, batch: Batch, scores: Scores
     ) -> tuple[torch.Tensor, torch.Tensor]:
         from torch.nn.attention.varlen import AuxRequest
 
+        paged = _is_paged(key)
         out_TQD, lse_TQ = self._varlen_attn(
             query_TQD,
             key,
             value,
             batch.query_starts_N,
-            cu_seq_k,
+            None if paged else _starts(batch.lengths_N),
             batch.longest_query,
             batch.longest_key,
             return_aux=AuxRequest(lse=True),
             scale=scores.scaling,
             window_size=(_reach(scores), 0),
             enable_gqa=query_TQD.shape[1] != key.shape[-2],
+            seqused_k=batch.lengths_N if paged else None,
+            block_table=batch.table_NB if paged else None,
             num_splits=1,
-            **pages,
         )
         return out_TQD, lse_TQ
 
@@ -138,25 +117,8 @@ class FlashAttn:
 
         return cls(flash_attn_varlen_func)
 
-    def paged(
-        self, query_TQD: torch.Tensor, key_CSHD: torch.Tensor, value_CSHD: torch.Tensor, batch: Batch, scores: Scores
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._call(query_TQD, key_CSHD, value_CSHD, batch, scores, block_table=batch.table_NB)
-
-    def packed(
-        self, query_TQD: torch.Tensor, key_UHD: torch.Tensor, value_UHD: torch.Tensor, batch: Batch, scores: Scores
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._call(query_TQD, key_UHD, value_UHD, batch, scores, block_table=None)
-
-    def _call(
-        self,
-        query_TQD: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        batch: Batch,
-        scores: Scores,
-        *,
-        block_table: torch.Tensor | None,
+    def __call__(
+        self, query_TQD: torch.Tensor, key: torch.Tensor, value: torch.Tensor, batch: Batch, scores: Scores
     ) -> tuple[torch.Tensor, torch.Tensor]:
         out_TQD, lse_QT, _ = self._function(
             query_TQD,
@@ -168,9 +130,9 @@ class FlashAttn:
             max_seqlen_k=batch.longest_key,
             softmax_scale=scores.scaling,
             causal=True,
-            window_size=(_reach(scores), 0) if scores.window else (-1, -1),
+            window_size=(-1, -1) if scores.window is None else (_reach(scores), 0),
             softcap=scores.softcap or 0.0,
-            block_table=block_table,
+            block_table=batch.table_NB if _is_paged(key) else None,
             return_attn_probs=True,
         )
         return out_TQD, lse_QT.transpose(0, 1)
@@ -190,7 +152,6 @@ class PagedVarlen:
     def __init__(self, kernel: Kernel, *, in_place: bool) -> None:
         self._kernel = kernel
         self._in_place = in_place
-        self._fallback = PagedSdpa()
 
     @classmethod
     def choose(cls, kv: PagedKV, kernel: Kernel | None = None) -> "PagedVarlen":
@@ -204,12 +165,13 @@ class PagedVarlen:
         return self._in_place
 
     def prepare(self, kv: PagedKV, spans: Sequence[Span]) -> "VarlenAttend":
-        return self.over(kv, Batch.of(kv, spans), spans)
+        gather_UH = None if self._in_place else _packed_rows(kv, spans)
+        return VarlenAttend(kv, self._kernel, Batch.of(kv, spans), gather_UH, lambda: PagedSdpa().prepare(kv, spans))
 
-    def over(self, kv: PagedKV, batch: Batch, spans: Sequence[Span]) -> "VarlenAttend":
-        """Attention over a batch that exists already (the static one of a captured graph)."""
-        gather_U = None if self._in_place else _packed_rows(kv, spans)
-        return VarlenAttend(kv, self._kernel, batch, gather_U, lambda: self._fallback.prepare(kv, spans))
+    def over(self, kv: PagedKV, batch: Batch) -> "VarlenAttend":
+        """Attention over pages in place and tensors that exist already: those of a captured graph. A layer that the
+        kernel does not serve raises RuntimeError: what would serve it instead reads Python's tables."""
+        return VarlenAttend(kv, self._kernel, batch, None, _not_capturable)
 
 
 class VarlenAttend:
@@ -221,29 +183,44 @@ class VarlenAttend:
         kernel: Kernel,
         batch: Batch,
         gather_UH: torch.Tensor | None,
-        prepare_fallback: Callable[[], Attend],
+        prepare_fallback: Callable[[], AttendWithLse],
     ) -> None:
         self._kv = kv
         self._kernel = kernel
         self._batch = batch
         self._gather_UH = gather_UH
         self._prepare_fallback = prepare_fallback
-        self._fallback: Attend | None = None
+        self._fallback: AttendWithLse | None = None
 
     def __call__(self, query_QTD: torch.Tensor, layer: int, scores: Scores) -> torch.Tensor:
-        if query_QTD.dtype in HALF and (scores.softcap is None or self._kernel.softcaps):
-            return self.with_lse(query_QTD, layer, scores)[0]
-        if self._fallback is None:
-            self._fallback = self._prepare_fallback()
-        return self._fallback(query_QTD, layer, scores)
+        if self._serves(query_QTD, scores):
+            return self._run(query_QTD, layer, scores)[0]
+        return self._other()(query_QTD, layer, scores)
 
     def with_lse(self, query_QTD: torch.Tensor, layer: int, scores: Scores) -> tuple[torch.Tensor, torch.Tensor]:
-        query_TQD = query_QTD.transpose(0, 1).contiguous()
-        if self._gather_UH is None:
-            key_CSHD, value_CSHD = self._kv.pages(layer)
-            return self._kernel.paged(query_TQD, key_CSHD, value_CSHD, self._batch, scores)
-        key_UHD, value_UHD = self._kv.gather_rows(layer, self._gather_UH)
-        return self._kernel.packed(query_TQD, key_UHD, value_UHD, self._batch, scores)
+        if self._serves(query_QTD, scores):
+            return self._run(query_QTD, layer, scores)
+        return self._other().with_lse(query_QTD, layer, scores)
+
+    def _serves(self, query_QTD: torch.Tensor, scores: Scores) -> bool:
+        return query_QTD.dtype in HALF and (scores.softcap is None or self._kernel.softcaps)
+
+    def _run(self, query_QTD: torch.Tensor, layer: int, scores: Scores) -> tuple[torch.Tensor, torch.Tensor]:
+        gather_UH = self._gather_UH
+        key, value = self._kv.pages(layer) if gather_UH is None else self._kv.gather_rows(layer, gather_UH)
+        return self._kernel(query_QTD.transpose(0, 1).contiguous(), key, value, self._batch, scores)
+
+    def _other(self) -> AttendWithLse:
+        self._fallback = self._fallback or self._prepare_fallback()
+        return self._fallback
+
+
+def _not_capturable() -> AttendWithLse:
+    raise RuntimeError("a layer's attention is not the kernel's: its steps cannot be captured")
+
+
+def _is_paged(key: torch.Tensor) -> bool:
+    return key.dim() == 4
 
 
 def _reads_pages(kernel: Kernel, kv: PagedKV) -> bool:
@@ -252,7 +229,7 @@ def _reads_pages(kernel: Kernel, kv: PagedKV) -> bool:
     query_1QD = torch.zeros(1, key_CSHD.shape[2], key_CSHD.shape[3], dtype=kv.dtype, device=kv.device)
     one = Batch.of(kv, [Span(row=0, tokens=1, start=0, table=(0,))])
     try:
-        kernel.paged(query_1QD, key_CSHD, value_CSHD, one, Scores(scaling=1.0))
+        kernel(query_1QD, key_CSHD, value_CSHD, one, Scores(scaling=1.0))
     except (RuntimeError, ValueError):
         return False
     return True

@@ -96,6 +96,10 @@ class DeviceArena(Arena):
             rows.index_copy_(0, self._to_device(index_LHPR), data)
 
     # -- whole columns -------------------------------------------------------------------------------------------------
+    def copy_column(self, source: int, target: int) -> None:
+        super().copy_column(source, target)
+        self.mark_computed()  # a choice that is to leave at once is read from the column that is being copied
+
     def _fill(self, columns: Sequence[int], value: int) -> None:
         self._require_columns(columns)
         self.bytes_CLHPSX[torch.tensor(columns, dtype=torch.long, device=self.device)] = value

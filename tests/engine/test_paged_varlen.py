@@ -30,7 +30,7 @@ class FakeVarlenAttn:
         self, query: Any, key: Any, value: Any, cu_seq_q: Any, cu_seq_k: Any, max_q: int, max_k: int, **options: Any
     ) -> Any:
         assert query.is_contiguous() and key.stride(-1) == 1
-        table = options.get("block_table")
+        table = options["block_table"]
         if table is not None and key.shape[1] % self.page_multiple:
             raise RuntimeError("page size not supported")
         self.calls.append({"paged": table is not None, "splits": options["num_splits"]})
