@@ -32,8 +32,8 @@ import numpy.typing as npt
 
 from engine.base import limits
 from engine.base.errors import InvalidArgument
+from engine.base.folders import default_cache_dir
 from engine.commands import StepPlan
-from engine.models.checkpoint import default_cache_dir
 
 Float64 = npt.NDArray[np.float64]
 

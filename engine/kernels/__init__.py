@@ -9,18 +9,14 @@ Their parallel loops and torch's share one OpenMP pool (numba finds the library 
 turns on the same threads instead of fighting for cores.
 """
 
-import hashlib
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
 from typing import Any, Final
 
 import numba
-import numpy as np
 import numpy.typing as npt
 import torch
 
-from engine.models.checkpoint import default_cache_dir
+from engine.base import jit
 
 # Everything of `fastmath` but the licence to ignore NaN and infinity: a NaN must reach the logits, where the sampler
 # sees it and fails that one sequence.
@@ -49,27 +45,5 @@ def use_threads(threads: int) -> None:
 
 
 def compiled(function: Callable[..., Any], *, parallel: bool = False) -> Callable[..., Any]:
-    """Compile on first call, or load what an earlier process compiled: 3 s or 30 ms for a parallel loop."""
-    options = {"nogil": True, "fastmath": set(FLAGS), "parallel": parallel, "error_model": "numpy"}
-    with_cache = _config.CACHE_DIR
-    _config.CACHE_DIR = with_cache or str(_cache_dir())
-    try:
-        return _jit(function, cache=True, **options)
-    except RuntimeError:  # nowhere to write: a read-only machine compiles at each start
-        return _jit(function, **options)
-    finally:
-        _config.CACHE_DIR = with_cache
-
-
-def _jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    dispatcher: Callable[..., Any] = numba.njit(**options)(function)
-    return dispatcher
-
-
-@cache
-def _cache_dir() -> Path:
-    """One folder per version of this package: numba itself would notice a change of the kernel's own file only."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(file.read_bytes())
-    return default_cache_dir() / "kernels" / f"{digest.hexdigest()[:16]}-{np.__version__}"
+    """`engine.base.jit.compiled`, with the liberties that attention and matrix products may take."""
+    return jit.compiled(function, parallel=parallel, fastmath=FLAGS)

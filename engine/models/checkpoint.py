@@ -13,7 +13,6 @@ import fcntl
 import hashlib
 import importlib.metadata
 import io
-import os
 import shutil
 import tempfile
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.base.errors import DeadlineExceeded, InvalidArgument
+from engine.base.folders import default_cache_dir
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,13 +39,6 @@ Progress = Callable[[str], None]
 
 def _silent(message: str) -> None:
     """The default progress: nobody is watching."""
-
-
-def default_cache_dir() -> Path:
-    """TRIPTYCH_CACHE, else `triptych` in the user's cache directory."""
-    if own := os.environ.get("TRIPTYCH_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "triptych"
 
 
 def ensure_default_model(cache_dir: Path | None = None, progress: Progress = _silent) -> Path:

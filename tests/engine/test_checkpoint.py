@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, GPT2Config
 
 from engine.base.errors import DeadlineExceeded, InvalidArgument
+from engine.base.folders import default_cache_dir
 from engine.models import checkpoint
-from engine.models.checkpoint import default_cache_dir, ensure_default_model, load_model
+from engine.models.checkpoint import ensure_default_model, load_model
 from engine.models.info import _HEAD_DIMS, _head_dim, describe, schema_for
 from tests.engine.tiny_models import FAMILIES, HEAD_DIM, KV_HEADS, LAYERS, VOCAB, WINDOW, tiny_config, tiny_model
 
