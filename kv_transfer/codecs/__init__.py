@@ -4,33 +4,36 @@ A codec sees an *atom*: one stream, layers [a, b), tokens [a, b), heads [a, b), 
 blocks, requests, workers or links, and it keeps nothing between atoms: each payload is decoded alone, in any order, on
 any worker. Jobs (`kv_transfer.jobs`) bring atoms to it and payloads to the wire.
 
+    Codec        what every method is: encode, decode, and its capabilities as data on the class
+    Profiled     a codec that is made from tables calibrated for one model (`kv_transfer.profile`)
+    Encoding     which codec, level and tables some KV goes through: what sources, targets and routers speak of
+    CodecSet     the codecs that one worker has for its model: those without tables, and those it has tables for
+
 What methods need beyond that is added beside `Codec`, as a further Protocol that some codecs satisfy as well, so that
 nothing here is torn out:
 
-- static tables, calibrated offline: `Profiled(Codec)` with `profile(atoms) -> Profile`; instances are made from a
-  profile, whose hash takes the frame header's reserved field. `AtomShape` already names layers, heads and positions,
-  which is what a table is indexed with (and what tells the first four tokens, the sinks, from others).
-- state across a sequence (deltas, refinement, scores known at the end): `open(...) -> Encoder` with `push(atom)` and
+- state across a sequence (refinement, scores known at the end): `open(...) -> Encoder` with `push(atom)` and
   `close(...)`. A codec as below is the encoder whose `push` is `encode`.
-- levels with a price: `estimate(shape, level)` for the controller; `levels` already lists what may be asked for.
 
 Legend: L layers, H kv heads, P parts (K, V), T tokens, D head dim, X bytes of one token's head (D * item bytes).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Final, Protocol, cast
 
 from engine.base.errors import FrameError
 from engine.base.registry import Registry
 from engine.kv.arena import Bytes, Range
 from engine.kv.schema import Stream
+from kv_transfer.calibration import Calibration
+from kv_transfer.profile import Profile, Tables
 
 RAW = "raw"
 """The codec that every worker has, for every stream: what is fallen back to, never to an error (DESIGN 2.6)."""
 
 EXACT = ""
-"""The identity of KV that is just as it was computed (`identity_of`)."""
+"""The identity of KV that is just as it was computed (`Encoding.identity`)."""
 
 Payload = bytes | memoryview
 
@@ -69,7 +72,7 @@ class Atom:
 
 
 class Codec(Protocol):
-    """A way to write an atom down. Made without arguments; its settings are the defaults of its `Config`, if any.
+    """A way to write an atom down. Made without arguments, or from its `Tables` if it is `profiled`.
 
     Runs on a codec thread beside the engine: few large calls that give up the GIL, no Python per token or block.
     """
@@ -79,11 +82,13 @@ class Codec(Protocol):
     needs: ClassVar[tuple[str, ...]]  # what the engine must collect for it beyond the KV itself
     composes_with: ClassVar[str]
     lossless: ClassVar[bool]
-    error_of_max: ClassVar[float]  # at every level: |decoded - original| <= this * the atom's largest |original|
+    profiled: ClassVar[bool]  # made from tables that were calibrated for one model: see `Profiled`
     dtypes: ClassVar[frozenset[str]]
     levels: ClassVar[tuple[int, ...]]  # least lossy first
     token_multiple: ClassVar[int]  # atoms of a multiple of this many tokens ...
     block_local: ClassVar[bool]  # ... decode to the same whether they are encoded apart or together
+    cuts_layers: ClassVar[bool]  # an atom of some layers decodes to the same as those layers of a larger atom
+    cuts_heads: ClassVar[bool]  # the same for heads; without it, an atom of some heads only is `Unencodable`
 
     def encode(self, atom: Atom, level: int) -> Payload:
         """Deterministic. Raises `Unencodable`, and nothing else for an atom of a dtype in `dtypes`."""
@@ -98,55 +103,117 @@ class Codec(Protocol):
     def payload_bytes_max(self, shape: AtomShape) -> int:
         """No payload for this shape is longer."""
 
+    def error_bound(self, shape: AtomShape, level: int, largest: float) -> float:
+        """|decoded - original| of every number of an atom of this shape whose largest |original| is `largest`."""
+
+
+class Profiled(Codec, Protocol):
+    """A codec with tables. `levels` may then be finer than what its profile has measured curves for."""
+
+    def __init__(self, tables: Tables, stream: Stream) -> None:
+        """Expands the tables, once per worker. Raises InvalidArgument if they are not for such a stream."""
+
+    @staticmethod
+    def calibrate(calibration: Calibration) -> Tables:
+        """Deterministic. From what a model's KV looked like over texts."""
+
 
 codecs: Registry[type[Codec]] = Registry("kv_transfer.codecs", kind="codec", group="triptych.codec")
 
 
-def choose(wanted: str, offered_by_peer: Sequence[str], stream: Stream) -> str:
-    """The codec to use for a stream: the wanted one if both ends have it and it takes the dtype, else `raw`."""
-    shared = wanted in offered_by_peer and wanted in codecs
-    return wanted if shared and stream.dtype in codecs.get(wanted).dtypes else RAW
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """What KV goes through on its way: a codec, at a level, made from tables of this digest (0: it has none)."""
+
+    codec: str = RAW
+    level: int = 0
+    tables: int = 0
+
+    @property
+    def identity(self) -> str:
+        """What KV is from then on: `EXACT`, or "transform/7@00001a2b", which no other loss is called.
+
+        Lossy KV is never taken for exact, nor for another loss (DESIGN 4). What is not installed here may lose
+        anything.
+        """
+        if self.codec in codecs and codecs.get(self.codec).lossless:
+            return EXACT
+        return f"{self.codec}/{self.level}" + (f"@{self.tables:08x}" if self.tables else "")
+
+    @classmethod
+    def of(cls, identity: str) -> "Encoding":
+        """The one that made KV this."""
+        if identity == EXACT:
+            return cls()
+        codec, _, rest = identity.partition("/")
+        level, _, tables = rest.partition("@")
+        return cls(codec, int(level), int(tables or "0", 16))
 
 
-def identity_of(name: str, level: int) -> str:
-    """What KV is once it has come through this codec: `EXACT`, or a text that no other codec or level has.
-
-    Lossy KV is never taken for exact, nor for another loss (DESIGN 4). What is not installed here may lose anything.
-    """
-    exact = name in codecs and codecs.get(name).lossless
-    return EXACT if exact else f"{name}/{level}"
+RAW_ENCODING: Final = Encoding()
 
 
-def codec_of(identity: str) -> tuple[str, int]:
-    """(codec, level) that KV of this identity came through."""
-    name, _, level = identity.partition("/")
-    return (RAW, 0) if identity == EXACT else (name, int(level))
+class CodecSet:
+    """The codecs that a worker has for its stream. Made once at start; used from any thread, it never changes."""
+
+    def __init__(self, stream: Stream, profile: Profile | None = None) -> None:
+        self.stream = stream
+        self.profile = profile
+        tables = {} if profile is None else profile.tables
+        self._digests = {name: tables[name].digest if _profiled(name) else 0 for name in _made_for(stream, tables)}
+        self._made = {name: _make(name, stream, tables) for name in self._digests}
+
+    def names(self) -> tuple[str, ...]:
+        """`raw` is always one of them."""
+        return tuple(sorted(self._made))
+
+    def get(self, name: str) -> Codec:
+        return self._made[name]
+
+    def digest(self, name: str) -> int:
+        """Of the tables that this codec was made from; 0 for one without tables."""
+        return self._digests[name]
+
+    def has(self, encoding: Encoding) -> bool:
+        """Whether KV can go through this here."""
+        codec = self._made.get(encoding.codec)
+        return codec is not None and encoding.level in codec.levels and encoding.tables == self._digests[encoding.codec]
+
+    def encode_or_raw(self, name: str, atom: Atom, level: int) -> tuple[str, int, Payload]:
+        """(codec, level, payload) to send: what was asked for, or `raw` where that cannot be or is no shorter."""
+        if name in self._made:
+            try:
+                payload = self._made[name].encode(atom, level)
+            except Unencodable:
+                pass
+            else:
+                if len(payload) < atom.shape.raw_bytes:
+                    return name, level, payload
+        return RAW, 0, self._made[RAW].encode(atom, 0)
+
+    def check_untrusted(self, name: str, level: int, digest: int, shape: AtomShape, payload_bytes: int) -> Codec:
+        """The codec that a received frame names, if it may be used for this atom at all."""
+        if not self.has(Encoding(name, level, digest)):
+            raise FrameError("codec")
+        codec = self._made[name]
+        if payload_bytes > codec.payload_bytes_max(shape):
+            raise FrameError("length")
+        return codec
 
 
-def encode_or_raw(name: str, atom: Atom, level: int) -> tuple[str, int, Payload]:
-    """(codec, level, payload) of what to send: what was asked for, or `raw` where that is impossible or no shorter."""
-    codec = codecs.get(name)()
-    if atom.shape.stream.dtype in codec.dtypes:
-        try:
-            payload = codec.encode(atom, level)
-        except Unencodable:
-            pass
-        else:
-            if len(payload) < atom.shape.raw_bytes:
-                return name, level, payload
-    return RAW, 0, codecs.get(RAW)().encode(atom, 0)
+def _made_for(stream: Stream, tables: Mapping[str, Tables]) -> list[str]:
+    """Names of the codecs that take this stream's dtype and need no tables, or have them."""
+    return [
+        name
+        for name in codecs.names()
+        if stream.dtype in codecs.get(name).dtypes and (not _profiled(name) or name in tables)
+    ]
 
 
-def check_codec_untrusted(name: str, level: int, shape: AtomShape, payload_bytes: int) -> Codec:
-    """The codec that a received frame names, if it may be used for this atom at all.
+def _profiled(name: str) -> bool:
+    return codecs.get(name).profiled
 
-    A frame makes us import at most a plug-in that this worker's operator installed.
-    """
-    if name not in codecs:
-        raise FrameError("codec")
-    codec = codecs.get(name)()
-    if shape.stream.dtype not in codec.dtypes or level not in codec.levels:
-        raise FrameError("codec")
-    if payload_bytes > codec.payload_bytes_max(shape):
-        raise FrameError("length")
-    return codec
+
+def _make(name: str, stream: Stream, tables: Mapping[str, Tables]) -> Codec:
+    kind = codecs.get(name)
+    return cast("type[Profiled]", kind)(tables[name], stream) if kind.profiled else kind()

@@ -22,11 +22,13 @@ class Raw:
     needs: ClassVar[tuple[str, ...]] = ()
     composes_with: ClassVar[str] = "everything"
     lossless: ClassVar[bool] = True
-    error_of_max: ClassVar[float] = 0.0
+    profiled: ClassVar[bool] = False
     dtypes: ClassVar[frozenset[str]] = frozenset(ITEM_BYTES)
     levels: ClassVar[tuple[int, ...]] = (0,)
     token_multiple: ClassVar[int] = 1
     block_local: ClassVar[bool] = True
+    cuts_layers: ClassVar[bool] = True
+    cuts_heads: ClassVar[bool] = True
 
     def encode(self, atom: Atom, level: int) -> Payload:
         return atom.bytes_LHPTX.reshape(-1).data
@@ -38,3 +40,6 @@ class Raw:
 
     def payload_bytes_max(self, shape: AtomShape) -> int:
         return shape.raw_bytes
+
+    def error_bound(self, shape: AtomShape, level: int, largest: float) -> float:
+        return 0.0
