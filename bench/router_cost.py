@@ -4,11 +4,19 @@ client's socket, divided by the tokens that clients were given.
     python -m bench.router_cost
 
 Workers are paced: their steps take as long as real ones, so tokens arrive as they would, batched per step. The router's
-idle cost (keep-alives, health) is part of the figure; the clients' is not, they live in this process.
+idle cost (keep-alives, statuses) is part of the figure; the clients' is not, they live in this process.
+
+CPU time is only as comparable as the processors it was taken on, so a yardstick takes turns with the rounds: fixed work
+of the same nature, interpreted Python that makes JSON and goes around an event loop. The figure and its bar are what
+they are; a *gate* on some other machine may allow for the yardstick (`for_this_machine`).
 """
 
 import asyncio
+import json
+import time
 from collections.abc import Sequence
+from dataclasses import replace
+from statistics import median
 
 import httpx
 
@@ -22,6 +30,11 @@ TOKENS = 120
 PROMPT = tuple(range(1, 9))
 ENGINE = EngineOptions(model="oracle", executor=ExecutorKind.PACED, max_model_len=1_024, kv_cache_mib=256)
 REQUEST_TIMEOUT_S = 120.0
+
+YARDSTICK_TURNS = 4_000
+YARDSTICK_CHUNK = json.dumps({"id": "cmpl-0", "choices": [{"index": 0, "text": " a", "logprobs": None}], "usage": None})
+YARDSTICK_US = 7.2  # a turn of it on the machine of bench/figures, otherwise idle
+ALLOWANCE_MAX = 1.5  # a machine that is slower still says nothing about the router
 
 
 def bar(streams: int, limit_us: float) -> Bar:
@@ -47,8 +60,34 @@ def _client() -> httpx.AsyncClient:
 
 
 async def _figure(client: httpx.AsyncClient, running: LocalCluster, streams: int, rounds: int) -> Figure:
-    samples = [await _cost_us(client, running, streams) for _ in range(rounds)]
-    return figure_of(BARS[streams], samples, tokens_per_round=streams * TOKENS)
+    samples, yardsticks = [], [await yardstick_us()]
+    for _ in range(rounds):
+        samples.append(await _cost_us(client, running, streams))
+        yardsticks.append(await yardstick_us())
+    return figure_of(
+        BARS[streams], samples, tokens_per_round=streams * TOKENS, yardstick_us=round(median(yardsticks), 2)
+    )
+
+
+async def yardstick_us() -> float:
+    """CPU time of one turn of the yardstick, now."""
+    before_s = time.thread_time()
+    for _ in range(YARDSTICK_TURNS):
+        json.dumps(json.loads(YARDSTICK_CHUNK))
+        await asyncio.sleep(0)
+    return (time.thread_time() - before_s) * 1e6 / YARDSTICK_TURNS
+
+
+def for_this_machine(figure: Figure) -> Figure:
+    """The same figure under a limit for the speed that this machine has shown. A faster one gets no stricter limit:
+    the bar is what was promised."""
+    limit = figure.bar.limit * allowance(figure.notes["yardstick_us"])
+    return replace(figure, bar=replace(figure.bar, limit=limit))
+
+
+def allowance(measured_us: float) -> float:
+    """By how much a limit may grow where a turn of the yardstick costs this."""
+    return min(max(measured_us / YARDSTICK_US, 1.0), ALLOWANCE_MAX)
 
 
 async def _cost_us(client: httpx.AsyncClient, running: LocalCluster, streams: int) -> float:

@@ -32,6 +32,7 @@ from engine.base.machine import Command, Dial, JobDone, LinkUp, Received, Starte
 from engine.executors.paced import smollm2_schema
 from engine.kv.arena import Arena
 from kv_transfer import frame as frames
+from kv_transfer.codecs import CodecSet
 from kv_transfer.custody import Custody
 from kv_transfer.jobs import atoms
 from kv_transfer.source import Binding, Delivered, DeliveryFailed, Source
@@ -48,6 +49,7 @@ BARE_METHOD = "/bench.Bare/Copy"
 PEER = "bulk/peer"
 
 SCHEMA = smollm2_schema()
+CODECS = CodecSet(SCHEMA.kv)
 COLUMNS = CONTEXT_TOKENS // limits.BLOCK_SIZE_TOKENS
 
 STREAM = Bar(
@@ -97,6 +99,7 @@ class Receiving:
         self._custody = Custody()
         self._target = Target(
             SCHEMA,
+            codecs=CODECS,
             custody=self._custody,
             mint_transfer_id=lambda: transfer_id(self._seq_id),
             job_keys=count(1),
@@ -170,7 +173,7 @@ class Sending:
     def __init__(self, address: str) -> None:
         self._address = address
         self._custody = Custody()
-        self._source = Source(SCHEMA, custody=self._custody, job_keys=count(1), counters=Counter())
+        self._source = Source(SCHEMA, codecs=CODECS, custody=self._custody, job_keys=count(1), counters=Counter())
         self._seq_id = 0
 
     def step(self, event: object, now_us: int) -> Sequence[object]:
@@ -202,7 +205,6 @@ class Sending:
             transfer_id=transfer_id(self._seq_id),
             epoch=EPOCH,
             skip_tokens=0,
-            codec="raw",
             target_attempt=1,
         )
         actions = self._source.bind(self._seq_id, binding, now_us)

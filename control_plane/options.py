@@ -7,6 +7,7 @@ words meant for the person who typed it (`OptionError`), before any process star
 import math
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 from engine.base import limits
@@ -14,6 +15,7 @@ from engine.base.registry import Registry
 from engine.batching import batchings
 from engine.types import Role
 from kv_transfer.codecs import codecs
+from kv_transfer.offers import AUTO
 
 MODEL_DEFAULT = "smollm2"  # the test model that `make install` converts; anything else is a checkpoint directory
 MODEL_ORACLE = "oracle"  # no weights at all: the next token is a digest of every KV byte read
@@ -74,7 +76,9 @@ class EngineOptions:
     block_size: int = limits.BLOCK_SIZE_TOKENS
     max_model_len: int | None = None  # None: the checkpoint's own
     kv_cache_mib: int | None = None  # None: a share of the machine's free memory
-    codec: str = "raw"
+    codec: str = "raw"  # of requests that name none; "auto": the fewest bits within the budget
+    kl_budget: float | None = None  # of requests that name none; None: KL_BUDGET, for what was measured
+    profile: Path | None = None  # what the model's codecs were calibrated to; None: the packaged one, if any
     layers_per_group: int = limits.LAYERS_PER_GROUP
     step_tokens: int = limits.STEP_TOKENS_MAX
     device: Device = Device.CPU
@@ -91,7 +95,9 @@ class EngineOptions:
         if self.kv_cache_mib is not None:
             require_at_least("kv-cache-mib", self.kv_cache_mib, 1)
         _require_plugin("batching", batchings, self.batching)
-        _require_plugin("codec", codecs, self.codec)
+        _require_plugin("codec", codecs, self.codec, AUTO)
+        if self.kl_budget is not None and not 0 <= self.kl_budget <= limits.KL_BUDGET_MAX:
+            raise OptionError("kl-budget", f"must be from 0 to {limits.KL_BUDGET_MAX:g}, not {self.kl_budget}")
         if self.tbt_slo_ms is not None and not (math.isfinite(self.tbt_slo_ms) and self.tbt_slo_ms > 0):
             raise OptionError("tbt-slo-ms", f"must be a number of milliseconds above 0, not {self.tbt_slo_ms}")
         if self.device is not Device.CPU and self.executor is not ExecutorKind.TORCH:
@@ -162,9 +168,9 @@ def require_at_least(option: str, value: int, low: int) -> None:
         raise OptionError(option, f"must be at least {low}, not {value}")
 
 
-def _require_plugin(option: str, registry: Registry[Any], name: str) -> None:
-    if name not in registry:
-        raise OptionError(option, f"must be one of {', '.join(registry.names())}, not '{name}'")
+def _require_plugin(option: str, registry: Registry[Any], name: str, *others: str) -> None:
+    if name not in (known := (*registry.names(), *others)):
+        raise OptionError(option, f"must be one of {', '.join(known)}, not '{name}'")
 
 
 def require_drain(seconds: float) -> None:

@@ -193,7 +193,7 @@ class DecodeRole:
         work = decode.work
         committed = Committed(
             seq_id=event.seq_id,
-            codec=event.codec,
+            encoding=event.encoding,
             bytes_raw=event.bytes_raw,
             bytes_wire=event.bytes_wire,
             transfer_us=event.transfer_us,

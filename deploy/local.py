@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, replace
 import httpx
 
 from control_plane import addresses
+from control_plane.codec_choice import choose_profile
 from control_plane.lifecycle import LIFELINE_VARIABLE, STATUS_BUG, STATUS_MISTAKE, Shutdown, configure_logging
 from control_plane.model_choice import choose_model
 from control_plane.options import EngineOptions, OptionError
@@ -238,6 +239,8 @@ def engine_arguments(engine: EngineOptions) -> list[str]:
         "--max-model-len": engine.max_model_len,
         "--kv-cache-mib": engine.kv_cache_mib,
         "--codec": engine.codec,
+        "--kl-budget": engine.kl_budget,
+        "--profile": engine.profile,
         "--layers-per-group": engine.layers_per_group,
         "--step-tokens": engine.step_tokens,
         "--device": engine.device.value,
@@ -252,7 +255,8 @@ def serve(options: ServeOptions) -> int:
     """`triptych serve`: run until told to end; the exit status. Raises `OptionError` before any process starts."""
     configure_logging("serve", options.log_level)
     # Converted once, with somebody watching, before every process of the cluster would do it.
-    choose_model(options.engine, progress=lambda message: print(message, flush=True))
+    model = choose_model(options.engine, progress=lambda message: print(message, flush=True))
+    choose_profile(options.engine, model.schema)  # a mistake in it is every worker's
     return asyncio.run(_serve(options))
 
 

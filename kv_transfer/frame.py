@@ -34,7 +34,7 @@ from xxhash import xxh3_64
 from engine.base import limits
 from engine.base.errors import FrameError
 from engine.kv.schema import Stream
-from kv_transfer.codecs import AtomShape
+from kv_transfer.codecs import AtomShape, Encoding
 
 MAGIC: Final = b"TKV1"
 WIRE_VERSION: Final = 1
@@ -46,7 +46,7 @@ FrameReason = Literal[
     "version",
     "kind",
     "range",  # layers, tokens, heads or ranks that are empty, too large, or outside the schema or the grant
-    "codec",  # not a codec's name, or not one for this stream and level
+    "codec",  # not a codec's name, or not one for this stream, level and tables
     "checksum",
     "payload",  # a body or an encoded atom that contradicts itself
     "schema",
@@ -84,8 +84,10 @@ class TransferRefusal(IntEnum):
 class FrameHeader:
     """What a frame says about itself. Ranges are half open; all but DATA leave them empty.
 
-    `epoch` is the target's, as the source was told it. `payload_bytes` is filled in by `seal`, `raw_bytes` (the atom's
-    size before encoding) by `EncodeJob`. Heads are numbered over the whole model, whatever `tp_size` is.
+    `epoch` is the target's, as the source was told it. `tables` is the digest of what the codec was made from, 0 for
+    one without tables: with others the payload would decode to other numbers. `payload_bytes` is filled in by `seal`,
+    `raw_bytes` (the atom's size before encoding) by `EncodeJob`. Heads are numbered over the whole model, whatever
+    `tp_size` is.
     """
 
     kind: FrameKind
@@ -106,6 +108,11 @@ class FrameHeader:
     tp_size: int = 1
     payload_bytes: int = 0
     raw_bytes: int = 0
+    tables: int = 0
+
+    @property
+    def encoding(self) -> Encoding:
+        return Encoding(self.codec, self.level, self.tables)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +121,7 @@ class End:
 
     `branches` has the tokens that the source sampled after the transferred context, per choice: the first is what the
     target feeds first, and a choice that ended at the source has none. `frames` counts the DATA frames; `digest`
-    combines their checksums (`combine`). The header's codec and level say what the KV has come through, on this way or
+    combines their checksums (`combine`). The header's encoding says what the KV has come through, on this way or
     an earlier one: it may be lossy although every DATA frame is raw.
     """
 
@@ -123,9 +130,9 @@ class End:
     digest: int
 
 
-# Little-endian, without padding; 112 bytes, so that a payload starts 16-byte aligned. The last field is reserved, zero.
+# Little-endian, without padding; 112 bytes, so that a payload starts 16-byte aligned.
 #   magic version kind checksum | transfer_id epoch sequence | schema_digest codec level
-#   | stream layers heads tp | tokens payload_bytes raw_bytes | reserved
+#   | stream layers heads tp | tokens payload_bytes raw_bytes | tables
 _HEADER: Final = struct.Struct("<4sHHQ 16sQI 16s16sH H2H2H2H 2III I")
 _PLACE: Final = (
     *("stream", "layer_start", "layer_end", "head_start", "head_end"),
@@ -133,7 +140,7 @@ _PLACE: Final = (
 )
 _FIELDS: Final = (
     *("transfer_id", "epoch", "sequence", "schema_digest", "codec", "level"),
-    *(*_PLACE, "payload_bytes", "raw_bytes"),
+    *(*_PLACE, "payload_bytes", "raw_bytes", "tables"),
 )
 HEADER_BYTES: Final = _HEADER.size
 _CHECKSUM: Final = slice(8, 16)
@@ -144,6 +151,7 @@ _REFUSAL: Final = struct.Struct("<H")
 _BODY_BYTES: Final = {FrameKind.DATA: None, FrameKind.END: None, FrameKind.REFUSED: _REFUSAL.size}  # others: none
 
 _CODEC_NAME: Final = re.compile(rb"([a-z0-9_-]{0,16})\x00*")
+LEVEL_MAX: Final = 0xFFFF
 TRANSFER_ID_BYTES: Final = 16
 _KINDS: Final = frozenset(FrameKind)
 _TOKENS_MAX: Final = limits.PROMPT_TOKENS_MAX + limits.OUTPUT_TOKENS_MAX
@@ -230,7 +238,7 @@ def _pack(header: FrameHeader) -> bytes:
     """With 0 for the checksum: it is over everything else, so it comes last."""
     values = {name: getattr(header, name) for name in _FIELDS} | {"codec": header.codec.encode()}
     try:
-        return _HEADER.pack(MAGIC, WIRE_VERSION, header.kind, 0, *values.values(), 0)
+        return _HEADER.pack(MAGIC, WIRE_VERSION, header.kind, 0, *values.values())
     except struct.error as error:
         raise ValueError(f"not a frame ({error}): {header}") from error
 
@@ -338,10 +346,10 @@ def _checksum(head: bytes | bytearray, payload_parts: Sequence[bytes | memoryvie
 
 
 def _unpack_untrusted(data: bytes) -> FrameHeader:
-    magic, version, kind, _, *values, reserved = _HEADER.unpack_from(data)
+    magic, version, kind, _, *values = _HEADER.unpack_from(data)
     if magic != MAGIC:
         _refuse("magic")
-    if version != WIRE_VERSION or reserved != 0:
+    if version != WIRE_VERSION:
         _refuse("version")
     if kind not in _KINDS:
         _refuse("kind")
@@ -359,6 +367,8 @@ def _why_implausible(header: FrameHeader) -> FrameReason | None:
         return "length"
     if header.payload_bytes == 0 if body_bytes is None else header.payload_bytes != body_bytes:
         return "length"
+    if header.tables and not header.codec:
+        return "codec"
     return _why_no_atom(header) if header.kind is FrameKind.DATA else _why_no_control(header)
 
 

@@ -3,8 +3,9 @@
     EncodeJob    arena -> atom -> payload -> frame         for a Source
     DecodeJob    frame -> payload -> atom -> arena         for a Target
 
-A job is a value. It decides nothing and frees nothing: the machine that started it keeps its units alive until it
-returns (DESIGN 2.2), and it makes few, large calls that give up the GIL (DESIGN section 3).
+A job is a value; its codecs are its worker's, which never change. It decides nothing and frees nothing: the machine
+that started it keeps its units alive until it returns (DESIGN 2.2), and it makes few, large calls that give up the GIL
+(DESIGN section 3).
 """
 
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from engine.commands import BlockTable
 from engine.kv.arena import Arena, Range
 from engine.kv.schema import Stream
 from kv_transfer import frame as frames
-from kv_transfer.codecs import RAW, Atom, AtomShape, Payload, check_codec_untrusted, encode_or_raw
+from kv_transfer.codecs import RAW, Atom, AtomShape, CodecSet, Payload
 from kv_transfer.frame import FrameHeader
 
 ATOM_TOKENS = 64
@@ -33,18 +34,20 @@ class EncodeJob:
 
     header: FrameHeader
     table: BlockTable
+    codecs: CodecSet
 
     def run(self, memory: Arena) -> bytes:
         shape = frames.atom_shape(self.header, memory.schema.kv)
         draft = frames.Draft(shape.raw_bytes)
         codec, level, payload = self._encode(memory, shape, draft.payload)
-        header = replace(self.header, codec=codec, level=level, raw_bytes=shape.raw_bytes)
+        tables = self.codecs.digest(codec)
+        header = replace(self.header, codec=codec, level=level, tables=tables, raw_bytes=shape.raw_bytes)
         return draft.seal(header) if payload is None else frames.seal(header, [payload])
 
     def _encode(self, memory: Arena, shape: AtomShape, into: memoryview) -> tuple[str, int, Payload | None]:
         """(codec, level, payload). None for `raw`, whose payload is the atom as it is: it lies where it was read to."""
         atom = Atom(shape, memory.read(self.table, shape.layers, shape.tokens, shape.heads, into=into))
-        codec, level, payload = encode_or_raw(self.header.codec, atom, self.header.level)
+        codec, level, payload = self.codecs.encode_or_raw(self.header.codec, atom, self.header.level)
         return codec, level, None if codec == RAW else payload
 
 
@@ -59,6 +62,7 @@ class DecodeJob:
     frame: bytes
     header: FrameHeader
     table: BlockTable
+    codecs: CodecSet
 
     def run(self, memory: Arena) -> int:
         frames.verify_checksum_untrusted(self.frame)
@@ -68,7 +72,7 @@ class DecodeJob:
             raise FrameError("schema")
         if header.token_end > len(self.table) * memory.block_size:
             raise FrameError("range")
-        codec = check_codec_untrusted(header.codec, header.level, shape, header.payload_bytes)
+        codec = self.codecs.check_untrusted(header.codec, header.level, header.tables, shape, header.payload_bytes)
         bytes_LHPTX = codec.decode_untrusted(frames.payload_of(self.frame), shape, header.level)
         memory.write(self.table, shape.layers, shape.tokens, shape.heads, bytes_LHPTX)
         return frames.checksum_of(self.frame)

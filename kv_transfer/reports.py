@@ -9,6 +9,7 @@ from enum import StrEnum
 from engine.base.errors import Status
 from engine.commands import SampledToken
 from engine.types import FinishReason, SamplingParams, TokenLogprobs
+from kv_transfer.codecs import Encoding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +25,7 @@ class Work:
     priority: int = 0
     choices: tuple[int, ...] = (0,)
     children: tuple[int, ...] = ()  # a group's: the sequence of each choice, where it decodes
-    identity: str = ""  # of cached KV that will do: "" exact only, else also what came through this codec
+    identity: str = ""  # of cached KV that will do: "" exact only, else also what has come through this encoding
 
     @property
     def position(self) -> int:
@@ -93,7 +94,7 @@ class Full(AttemptReport):
 class Committed(AttemptReport):
     """A target holds all KV of the attempt and starts to decode."""
 
-    codec: str
+    encoding: Encoding
     bytes_raw: int
     bytes_wire: int
     transfer_us: int

@@ -14,8 +14,8 @@ The window (FRAME_WINDOW frames, encoded or in flight) bounds memory on both end
 acknowledgements: it carries the frame count and a digest over every frame, so the target knows what it still lacks.
 Frames are kept until acknowledged, so sending again needs no second encode and cannot produce other bytes.
 
-KV that has come through a lossy codec leaves raw, whatever the binding asks for (DESIGN 2.7), and END names that codec:
-it is no more exact for having travelled raw.
+KV that has come through a lossy codec leaves raw, whatever the binding asks for (DESIGN 2.7), and END names what it
+has come through: it is no more exact for having travelled raw.
 """
 
 from collections import Counter, OrderedDict, deque
@@ -28,7 +28,7 @@ from engine.base.machine import JobDone, LinkName, Run, Send
 from engine.commands import BlockTable
 from engine.kv.schema import CacheSchema
 from kv_transfer import frame as frames
-from kv_transfer.codecs import EXACT, RAW, codec_of, identity_of
+from kv_transfer.codecs import EXACT, RAW_ENCODING, CodecSet, Encoding
 from kv_transfer.custody import Custody
 from kv_transfer.frame import End, FrameHeader, FrameKind
 from kv_transfer.jobs import EncodeJob, atoms
@@ -47,9 +47,8 @@ class Binding:
     transfer_id: bytes
     epoch: int
     skip_tokens: int
-    codec: str
     target_attempt: int
-    level: int = 0
+    encoding: Encoding = RAW_ENCODING
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,9 +107,16 @@ class Source:
     """All outbound transfers of one worker."""
 
     def __init__(
-        self, schema: CacheSchema, *, custody: Custody, job_keys: Iterator[int], counters: Counter[str]
+        self,
+        schema: CacheSchema,
+        *,
+        codecs: CodecSet,
+        custody: Custody,
+        job_keys: Iterator[int],
+        counters: Counter[str],
     ) -> None:
         self._schema = schema
+        self._codecs = codecs
         self._custody = custody
         self._job_keys = job_keys
         self._counters = counters
@@ -152,7 +158,7 @@ class Source:
             return []
         actions = self._unbind(outgoing)
         if outgoing.identity != EXACT:
-            binding = replace(binding, codec=RAW, level=0)
+            binding = replace(binding, encoding=RAW_ENCODING)
         delivery = _Delivery(binding, progress_us=now_us)
         outgoing.delivery = delivery
         self._by_transfer[binding.transfer_id] = outgoing
@@ -206,20 +212,22 @@ class Source:
         delivery.encoding += 1
         header = self._header(delivery, FrameKind.DATA, delivery.next_sequence, region)
         delivery.next_sequence += 1
-        return Run(key, EncodeJob(header=header, table=outgoing.table))
+        return Run(key, EncodeJob(header=header, table=outgoing.table, codecs=self._codecs))
 
     def _header(
         self, delivery: _Delivery, kind: FrameKind, sequence: int, region: Region = ((0, 0), (0, 0))
     ) -> FrameHeader:
         (layer_start, layer_end), (token_start, token_end) = region
+        encoding = delivery.binding.encoding
         return FrameHeader(
             kind=kind,
             transfer_id=delivery.binding.transfer_id,
             epoch=delivery.binding.epoch,
             sequence=sequence,
             schema_digest=self._schema.digest,
-            codec=delivery.binding.codec,
-            level=delivery.binding.level,
+            codec=encoding.codec,
+            level=encoding.level,
+            tables=encoding.tables,
             layer_start=layer_start,
             layer_end=layer_end,
             token_start=token_start,
@@ -249,8 +257,10 @@ class Source:
         self, outgoing: _Outgoing, delivery: _Delivery, branches: tuple[tuple[int, ...], ...], now_us: int
     ) -> Send:
         end = End(branches=branches, frames=delivery.frames, digest=delivery.digest)
-        codec, level = codec_of(outgoing.identity or identity_of(delivery.binding.codec, delivery.binding.level))
-        header = replace(self._header(delivery, FrameKind.END, delivery.next_sequence), codec=codec, level=level)
+        header = self._header(delivery, FrameKind.END, delivery.next_sequence)
+        if outgoing.identity != EXACT:  # the binding's encoding is `raw` then, but the KV is not exact
+            lossy = Encoding.of(outgoing.identity)
+            header = replace(header, codec=lossy.codec, level=lossy.level, tables=lossy.tables)
         delivery.end_data = frames.seal(header, [frames.serialize_end(end)])
         delivery.progress_us = now_us
         return Send(delivery.binding.link, delivery.end_data)

@@ -30,7 +30,7 @@ from engine.base.machine import JobDone, LinkName, Run, Send
 from engine.commands import BlockTable
 from engine.kv.schema import CacheSchema
 from kv_transfer import frame as frames
-from kv_transfer.codecs import EXACT, codecs, identity_of
+from kv_transfer.codecs import EXACT, RAW, RAW_ENCODING, CodecSet, Encoding
 from kv_transfer.custody import Custody
 from kv_transfer.frame import End, FrameHeader, FrameKind, TransferRefusal
 from kv_transfer.jobs import DecodeJob
@@ -44,7 +44,7 @@ class Arrived:
 
     seq_id: int
     branches: tuple[tuple[int, ...], ...]  # the token the source has sampled, per choice; none for one that is over
-    codec: str
+    encoding: Encoding  # what some of it has come through, where not all of it came raw
     bytes_raw: int
     bytes_wire: int
     transfer_us: int
@@ -78,7 +78,7 @@ class _Incoming:
     missing: int = 0  # (layer, token) cells that no frame has filled yet
     digest: int = 0
     end: End | None = None
-    codec: str = "raw"
+    encoding: Encoding = RAW_ENCODING
     bytes_raw: int = 0
     bytes_wire: int = 0
     first_frame_us: int | None = None
@@ -92,6 +92,7 @@ class Target:
         self,
         schema: CacheSchema,
         *,
+        codecs: CodecSet,
         custody: Custody,
         mint_transfer_id: Callable[[], bytes],
         job_keys: Iterator[int],
@@ -100,6 +101,7 @@ class Target:
     ) -> None:
         self._vocab_size = vocab_size
         self.schema = schema
+        self._codecs = codecs
         self._custody = custody
         self._mint = mint_transfer_id
         self._job_keys = job_keys
@@ -191,14 +193,14 @@ class Target:
             raise FrameError("range")
         if (header.head_start, header.head_end) != (0, self.schema.kv.heads):
             raise FrameError("range")  # no worker holds a part of the heads yet (DESIGN 9: no tensor parallelism)
-        if header.codec not in codecs.names():
+        if not self._codecs.has(header.encoding):
             raise FrameError("codec")
         self._check_identity_untrusted(incoming, header)
 
     @staticmethod
     def _check_identity_untrusted(incoming: _Incoming, header: FrameHeader) -> None:
         """Lossy KV under a name that says exact would be wrong for whoever finds it in the cache (DESIGN 4)."""
-        if identity_of(header.codec, header.level) not in (EXACT, incoming.identity):
+        if header.encoding.identity not in (EXACT, incoming.identity):
             raise FrameError("codec")
 
     def _answer_unknown(self, link: LinkName, header: FrameHeader) -> list[object]:
@@ -225,7 +227,7 @@ class Target:
         key = next(self._job_keys)
         self._jobs[key] = (incoming, header)
         self._custody.enter(incoming.seq_id)
-        return [Run(key, DecodeJob(frame=data, header=header, table=incoming.table))]
+        return [Run(key, DecodeJob(frame=data, header=header, table=incoming.table, codecs=self._codecs))]
 
     def on_job(self, done: JobDone, now_us: int) -> list[object]:
         """A decode job returned: its frame is in memory, or was damaged."""
@@ -250,8 +252,8 @@ class Target:
         incoming.placed[header.sequence] = checksum
         incoming.digest = frames.combine(incoming.digest, checksum)
         self._fill(incoming, header)
-        if header.codec != "raw":
-            incoming.codec = header.codec
+        if header.codec != RAW:
+            incoming.encoding = header.encoding
         incoming.bytes_raw += header.raw_bytes
         incoming.bytes_wire += frames.HEADER_BYTES + header.payload_bytes
 
@@ -298,7 +300,7 @@ class Target:
         arrived = Arrived(
             seq_id=incoming.seq_id,
             branches=end.branches,
-            codec=incoming.codec,
+            encoding=incoming.encoding,
             bytes_raw=incoming.bytes_raw,
             bytes_wire=incoming.bytes_wire,
             transfer_us=now_us - incoming.first_frame_us,

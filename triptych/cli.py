@@ -33,7 +33,16 @@ from deploy.options import ServeOptions
 from engine.base import limits
 from engine.base.errors import TriptychError
 from engine.types import Role
-from triptych.options import FitOptions, fit_engine, grid_of
+from triptych.options import (
+    FitOptions,
+    MeasureOptions,
+    ProfileOptions,
+    codec_engine,
+    fit_engine,
+    grid_of,
+    split_levels,
+    split_names,
+)
 
 app = typer.Typer(
     name="triptych",
@@ -68,7 +77,22 @@ KVCacheMiB = Annotated[
     int | None,
     typer.Option("--kv-cache-mib", help="KV memory per worker; default: a share of what is free.", rich_help_panel=KV),
 ]
-Codec = Annotated[str, typer.Option(help="How KV travels; raw is bit-exact.", rich_help_panel=KV)]
+Codec = Annotated[
+    str,
+    typer.Option(help="How KV travels: raw is bit-exact, auto the fewest bits within the budget.", rich_help_panel=KV),
+]
+KLBudget = Annotated[
+    float | None,
+    typer.Option(
+        "--kl-budget",
+        help=f"Nats per token that a codec may cost; 0: exact. Default: {limits.KL_BUDGET:g}.",
+        rich_help_panel=KV,
+    ),
+]
+Profile = Annotated[
+    Path | None,
+    typer.Option(help="The model's codec profile; default: the packaged one, if it has one.", rich_help_panel=KV),
+]
 LayersPerGroup = Annotated[
     int, typer.Option(help="Layers computed between two sends; fewer hides more of the transfer.", rich_help_panel=KV)
 ]
@@ -116,6 +140,8 @@ def _engine_options(
     block_size: BlockSize = limits.BLOCK_SIZE_TOKENS,
     kv_cache_mib: KVCacheMiB = None,
     codec: Codec = "raw",
+    kl_budget: KLBudget = None,
+    profile: Profile = None,
     layers_per_group: LayersPerGroup = limits.LAYERS_PER_GROUP,
     step_tokens: StepTokens = limits.STEP_TOKENS_MAX,
     device: DeviceOption = Device.CPU,
@@ -131,6 +157,8 @@ def _engine_options(
         block_size=block_size,
         kv_cache_mib=kv_cache_mib,
         codec=codec,
+        kl_budget=kl_budget,
+        profile=profile,
         layers_per_group=layers_per_group,
         step_tokens=step_tokens,
         device=device,
@@ -302,6 +330,60 @@ def fit(
     )
     from triptych.fit import main as run
 
+    raise typer.Exit(run(options))
+
+
+@app.command()
+def measure(
+    text: Annotated[list[Path], typer.Option(help="A UTF-8 file; with several, figures are of the worst one.")],
+    codecs: Annotated[str, typer.Option(help="Names separated by commas, or all.")] = "all",
+    levels: Annotated[str, typer.Option(help="Numbers separated by commas; default: those of the profile.")] = "",
+    model: Model = MODEL_DEFAULT,
+    dtype: DtypeOption = Dtype.AUTO,
+    profile: Profile = None,
+    windows: Annotated[int, typer.Option(help="Stretches of 1,024 tokens taken from each text, at most.")] = 4,
+    threads: Annotated[int, typer.Option(help="Compute threads.")] = 2,
+    out: Annotated[Path | None, typer.Option("--json", help="File to write the figures to.")] = None,
+) -> None:
+    """Measure what codecs cost on a text: bits, KL, perplexity, encode and decode rates."""
+    options = MeasureOptions(
+        engine=codec_engine(model=model, dtype=dtype, profile=profile),
+        texts=tuple(text),
+        codecs=split_names(codecs),
+        levels=split_levels(levels),
+        windows=windows,
+        threads=threads,
+        out=out,
+    )
+    from triptych.measure import main as run
+
+    raise typer.Exit(run(options))
+
+
+@app.command()
+def profile(
+    model: Annotated[str, typer.Argument(help=f"Checkpoint directory or '{MODEL_DEFAULT}'.")] = MODEL_DEFAULT,
+    text: Annotated[
+        list[Path] | None, typer.Option(help="UTF-8 files of different kinds; default: those of the package.")
+    ] = None,
+    dtype: DtypeOption = Dtype.AUTO,
+    windows: Annotated[int, typer.Option(help="Stretches of each text to calibrate on, at most.")] = 6,
+    held_out: Annotated[int, typer.Option(help="Stretches at each text's end to measure on.")] = 2,
+    threads: Annotated[int, typer.Option(help="Compute threads.")] = 2,
+    out: Annotated[Path | None, typer.Option(help="File to write; default: MODEL.safetensors here.")] = None,
+) -> None:
+    """Calibrate codecs to a model and measure them. Workers read the file with --profile."""
+    from triptych.profile import default_out, default_texts
+    from triptych.profile import main as run
+
+    options = ProfileOptions(
+        engine=codec_engine(model=model, dtype=dtype),
+        texts=tuple(text or default_texts()),
+        out=out or default_out(model),
+        windows=windows,
+        held_out=held_out,
+        threads=threads,
+    )
     raise typer.Exit(run(options))
 
 

@@ -48,3 +48,64 @@ def grid_of(*, quick: bool, full: bool) -> GridSize:
     if quick:
         return GridSize.QUICK
     return GridSize.FULL if full else GridSize.STANDARD
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasureOptions:
+    """`triptych measure`."""
+
+    engine: EngineOptions  # with the profile, if another than the packaged one is meant
+    texts: tuple[Path, ...]
+    codecs: tuple[str, ...] = ()  # none: every one that there is
+    levels: tuple[int, ...] = ()  # none: every one that was measured for the profile
+    windows: int = 4
+    threads: int = 2
+    out: Path | None = None
+
+    def __post_init__(self) -> None:
+        _require_texts(self.texts)
+        require_at_least("windows", self.windows, 1)
+        require_at_least("threads", self.threads, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileOptions:
+    """`triptych profile`."""
+
+    engine: EngineOptions
+    texts: tuple[Path, ...]
+    out: Path
+    windows: int = 6  # of each text, to calibrate on
+    held_out: int = 2  # of each text, to measure on
+    threads: int = 2
+
+    def __post_init__(self) -> None:
+        _require_texts(self.texts)
+        for option, value in (("windows", self.windows), ("held-out", self.held_out), ("threads", self.threads)):
+            require_at_least(option, value, 1)
+
+
+def codec_engine(*, model: str, dtype: Dtype, profile: Path | None = None) -> EngineOptions:
+    if model == MODEL_ORACLE:
+        raise OptionError("model", "'oracle' has no weights, so there is nothing to measure")
+    return EngineOptions(model=model, dtype=dtype, profile=profile)
+
+
+def split_names(text: str) -> tuple[str, ...]:
+    """Of "a,b"; of "all", which is every codec, none."""
+    return () if text == "all" else tuple(name for name in text.split(",") if name)
+
+
+def split_levels(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(level) for level in text.split(",") if level)
+    except ValueError:
+        raise OptionError("levels", f"must be numbers separated by commas, not '{text}'") from None
+
+
+def _require_texts(texts: tuple[Path, ...]) -> None:
+    if not texts:
+        raise OptionError("text", "must name a file")
+    for file in texts:
+        if not file.is_file():
+            raise OptionError("text", f"there is no file '{file}'")

@@ -28,6 +28,8 @@ from control_plane.wire.translate import (
     choice_attempts_from_wire_untrusted,
     choices_from_wire_untrusted,
     context_from_wire_untrusted,
+    encoding_from_wire_untrusted,
+    offers_to_wire,
     report_to_wire,
     sampling_from_wire_untrusted,
     tokens_to_wire,
@@ -52,9 +54,10 @@ from engine.base.machine import (
 from engine.kv.schema import CacheSchema
 from engine.types import Role
 from kv_transfer import reports
-from kv_transfer.codecs import RAW, choose, codecs, identity_of
+from kv_transfer.codecs import RAW_ENCODING, CodecSet
 from kv_transfer.custody import Custody
-from kv_transfer.frame import TRANSFER_ID_BYTES, fits_codec_name
+from kv_transfer.frame import TRANSFER_ID_BYTES
+from kv_transfer.offers import offers_of
 from kv_transfer.source import Binding, Delivered, DeliveryFailed, Source
 from kv_transfer.target import ArrivalFailed, Arrived, Target
 from prefill_worker.role import PrefillRole
@@ -95,6 +98,7 @@ class Config:
     roles: frozenset[Role]
     model: str
     schema: CacheSchema
+    codecs: CodecSet
     vocab_size: int
     max_model_len: int
     block_size: int
@@ -127,15 +131,19 @@ class WorkerCore:
         self._targets = TargetLinks(hello(pb.Hello.WORKER_TO_WORKER, config.worker_id))
         self._next_status_us: int | None = None
         self._quiesce_us: int | None = None
+        self._offers = offers_of(config.codecs)
         self._build_parts(random)
 
     def _build_parts(self, random: Random) -> None:
         config = self.config
         job_keys = count(1)
         self.custody = Custody()
-        self._source = Source(config.schema, custody=self.custody, job_keys=job_keys, counters=self.counters)
+        self._source = Source(
+            config.schema, codecs=config.codecs, custody=self.custody, job_keys=job_keys, counters=self.counters
+        )
         self._target = Target(
             config.schema,
+            codecs=config.codecs,
             custody=self.custody,
             mint_transfer_id=lambda: random.randbytes(TRANSFER_ID_BYTES),
             job_keys=job_keys,
@@ -314,19 +322,13 @@ class WorkerCore:
         try:
             members = choice_attempts_from_wire_untrusted(message.choices)
             work = self._work_untrusted(message, tuple(choice for _, choice in members) or (0,))
-            identity = self._identity_untrusted(message.codec)
+            identity = encoding_from_wire_untrusted(message).identity
         except FrameError:
             return [self._refuse_reserve(link, message, pb.INVALID)]
         work = replace(work, identity=identity, children=self._mint_children(work))
         attempt = self._attempt(link, message, work, now_us)
         self._record(attempt, *_children(attempt, members))
         return self._decode.reserve(work)
-
-    def _identity_untrusted(self, codec: str) -> str:
-        """What the KV that comes through this codec will be, and may be mixed with."""
-        if not fits_codec_name(codec):
-            raise FrameError("codec")
-        return identity_of(codec or RAW, 0)
 
     def _reserve_refusal(self, message: pb.Reserve) -> pb.Refusal | None:
         if message.epoch != self.epoch:
@@ -382,13 +384,14 @@ class WorkerCore:
             return self._bind_here(attempt, message, now_us)
         if len(message.transfer_id) != TRANSFER_ID_BYTES:
             raise FrameError("transfer")
+        encoding = encoding_from_wire_untrusted(message)
         binding = Binding(
             link=f"bulk/{message.target}",
             transfer_id=message.transfer_id,
             epoch=message.target_epoch,
             skip_tokens=message.skip_tokens,
-            codec=choose(message.codec, codecs.names(), self.config.schema.kv),
             target_attempt=message.target_attempt,
+            encoding=encoding if self.config.codecs.has(encoding) else RAW_ENCODING,  # DESIGN 2.6
         )
         self._targets.forget(attempt.seq_id)
         if self._targets.is_up(binding.link):
@@ -569,8 +572,8 @@ class WorkerCore:
             block_size_tokens=config.block_size,
             total_columns=config.columns,
             max_model_len=config.max_model_len,
-            codecs=codecs.names(),
             wire_version=WIRE_VERSION,
+            offers=offers_to_wire(self._offers),
         )
 
     def _status(self) -> pb.WorkerStatus:

@@ -21,6 +21,7 @@ from control_plane.agent.core import Config, Drain, Drained, WorkerCore
 from control_plane.agent.memory import free_bytes
 from control_plane.agent.trace import Trace, TracedMachine
 from control_plane.agent.tuning import exempt_from_collection, leave_to_engine, settle_interpreter
+from control_plane.codec_choice import choose_codecs, travels_raw
 from control_plane.lifecycle import Shutdown, configure_logging
 from control_plane.model_choice import ModelChoice, choose_model
 from control_plane.options import Device, EngineOptions, ExecutorKind, WorkerOptions
@@ -39,6 +40,7 @@ from engine.step_time import Setting, StepTimeModel
 from engine.step_time import load as load_step_time
 from engine.thread import EngineThread
 from engine.types import Role
+from kv_transfer.codecs import CodecSet
 from kv_transfer.transports.grpc import GrpcTransport
 
 log = logging.getLogger("triptych.worker")
@@ -57,13 +59,14 @@ def main(options: WorkerOptions) -> int:
     configure_logging(options.name, options.log_level)
     settle_interpreter()
     leave_to_engine(options.cores)
-    return asyncio.run(_serve(options, choose_model(options.engine)))
+    model = choose_model(options.engine)
+    return asyncio.run(_serve(options, model, choose_codecs(options.engine, model.schema)))
 
 
-async def _serve(options: WorkerOptions, model: ModelChoice) -> int:
+async def _serve(options: WorkerOptions, model: ModelChoice, codecs: CodecSet) -> int:
     shutdown = Shutdown()
     shutdown.install()
-    worker = _Worker(options, model, shutdown)
+    worker = _Worker(options, model, codecs, shutdown)
     if await worker.start():
         await shutdown.wait()
     await worker.stop()
@@ -73,9 +76,10 @@ async def _serve(options: WorkerOptions, model: ModelChoice) -> int:
 class _Worker:
     """The parts of one worker process and the order in which they start and end."""
 
-    def __init__(self, options: WorkerOptions, model: ModelChoice, shutdown: Shutdown) -> None:
+    def __init__(self, options: WorkerOptions, model: ModelChoice, codecs: CodecSet, shutdown: Shutdown) -> None:
         self._options = options
         self._model = model
+        self._codecs = codecs
         self._shutdown = shutdown
         self._drained = asyncio.Event()
         self._trace = _open_trace(options.name)
@@ -143,13 +147,16 @@ class _Worker:
         )
         self._host.start()
         log.info(
-            "worker ready id=%s roles=%s address=%s columns=%d load_s=%.1f",
+            "worker ready id=%s roles=%s address=%s columns=%d codecs=%s load_s=%.1f",
             core.config.worker_id,
             "+".join(sorted(role.value for role in core.config.roles)),
             core.config.address,
             core.config.columns,
+            ",".join(self._codecs.names()),
             time.monotonic() - started_s,
         )
+        if travels_raw(self._options.engine, self._codecs):
+            log.warning("KV travels raw: no level of --codec is known to keep within --kl-budget with this model")
         return True
 
     async def _load(self) -> bool:
@@ -180,6 +187,7 @@ class _Worker:
             roles=options.roles,
             model=model.name,
             schema=model.schema,
+            codecs=self._codecs,
             vocab_size=model.vocab_size,
             max_model_len=self._max_model_len,
             block_size=options.engine.block_size,

@@ -16,6 +16,7 @@ from enum import Enum
 
 from control_plane.wire import session_pb2 as pb
 from control_plane.wire.session import Session, parse_hello_untrusted
+from control_plane.wire.translate import offers_from_wire_untrusted
 from engine.base import limits
 from engine.base.errors import FrameError
 from engine.base.machine import Close, LinkLost, LinkName, LinkUp, Received, Send, Started, Tick
@@ -142,6 +143,7 @@ class ControllerCore:
         info = envelope.register.info if registers else envelope.heartbeat.info
         if info.worker != peer.sender:
             raise FrameError("identity")  # a worker speaks for itself only
+        offers_from_wire_untrusted(info.offers)  # before they are in everybody's table
         if info.worker not in self._workers and len(self._workers) >= limits.WORKERS_MAX:
             raise FrameError("workers_max")
         changed = self._renew(link, info, now_us)

@@ -10,13 +10,12 @@ Response headers wait for the first delta, so that a request which fails before 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.types import Send
 
 from control_plane.router.choice import Delta, joined
-from control_plane.router.edge import as_ours
 from control_plane.router.logprobs import LogprobsFormat, Score, prompt_scores, text_offsets
 from control_plane.router.request_stream import News, RequestStream
 from control_plane.router.requests import Ended, PromptScored, RequestStats
@@ -41,6 +40,7 @@ class Answer:
         self._before_text = [before + b'%d,"text":' % choice for choice in range(request.choices)]
         self._after_text = b',"logprobs":null,"finish_reason":null,"stop_reason":null}],"usage":'
         self._completion_tokens = 0
+        self.started = False  # being sent
 
     # -- streamed ------------------------------------------------------------------------------------------------------
     async def stream(self, send: Send) -> None:
@@ -49,10 +49,11 @@ class Answer:
         if error is not None and not news.deltas:
             await send_error(send, error, self._label)
             return
+        self.started = True
         await send(start(200, b"text/event-stream; charset=utf-8", self._headers()))
         while news.ended is None:
             await send(part(b"".join(map(self.chunk, news.deltas))))
-            news = await self._next()
+            news = await self._stream.next()
         await send(last(b"".join((*self._last_events(news.deltas, news.ended), b"data: [DONE]\n\n"))))
 
     def chunk(self, delta: Delta) -> bytes:
@@ -76,7 +77,7 @@ class Answer:
         *before, delta = deltas
         yield from map(self.chunk, before)
         self._completion_tokens += len(delta.token_ids)
-        final, statistics = self._chunk_value(delta), {"triptych": stats_body(ended.stats)}
+        final, statistics = self._chunk_value(delta), {"triptych": ended.stats}
         if self._request.include_usage:
             yield event(final)
             yield event({**self._head, "choices": [], "usage": self._usage(ended.stats)} | statistics)
@@ -92,11 +93,13 @@ class Answer:
                 deltas[delta.choice].append(delta)
             if news.ended is not None:
                 break
-            news = await self._next()
+            news = await self._stream.next()
         if news.ended.error is not None:
             await send_error(send, news.ended.error, self._label)
             return
-        await send_whole(send, 200, self._whole_value(list(map(joined, deltas)), news.ended.stats), self._headers())
+        value = self._whole_value(list(map(joined, deltas)), news.ended.stats)
+        self.started = True
+        await send_whole(send, 200, value, self._headers())
 
     def _whole_value(self, choices: list[Delta], stats: RequestStats) -> dict[str, Any]:
         self._completion_tokens = sum(len(choice.token_ids) for choice in choices)
@@ -104,26 +107,20 @@ class Answer:
             **self._head,
             "choices": [self._choices.value(choice) for choice in choices],
             "usage": self._usage(stats),
-            "triptych": stats_body(stats),
+            "triptych": stats,
         }
 
     # -- both ----------------------------------------------------------------------------------------------------------
     async def _first(self) -> News:
         """The first news that a client can be told; scores of the prompt are told with the first token."""
         scored: list[PromptScored] = []
-        news = await self._next()
+        news = await self._stream.next()
         while True:
             scored += news.scored
             if news.deltas or news.ended is not None:
                 self._choices.open(scored)
                 return news
-            news = await self._next()
-
-    async def _next(self) -> News:
-        try:
-            return await self._stream.next()
-        except Exception as raised:  # detokenising: a bug fails its own request only (I11)
-            return News((), [], Ended(key=self._stream.key, error=as_ours(raised), stats=RequestStats()))
+            news = await self._stream.next()
 
     def _usage(self, stats: RequestStats | None = None) -> dict[str, Any]:
         """`stats` are known at the end only: before it nobody may be told how much of the prompt was cached."""
@@ -210,8 +207,3 @@ class ChoiceFormat:
         request = self._request
         detokenizer = self._vocabulary.detokenizer(frozenset(), skip_special_tokens=request.skip_special_tokens)
         return text_offsets(request.token_ids, detokenizer)
-
-
-def stats_body(stats: RequestStats) -> dict[str, Any]:
-    """The `triptych` object of a response: what this request's disaggregation did and cost."""
-    return asdict(stats)

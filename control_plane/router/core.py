@@ -22,6 +22,7 @@ from control_plane.router import worker_messages
 from control_plane.router.absences import Absences
 from control_plane.router.admission import Admission
 from control_plane.router.admission import Config as AdmissionConfig
+from control_plane.router.encodings import Wish
 from control_plane.router.live_request import LiveRequest, Placement, Stage
 from control_plane.router.placement import Placer
 from control_plane.router.request_queue import RequestQueue
@@ -40,6 +41,7 @@ from control_plane.router.workers import LINK_PREFIX, Worker, WorkerPool
 from control_plane.wire import session_pb2 as pb
 from control_plane.wire.session import Session, hello
 from control_plane.wire.translate import (
+    ReportedToken,
     first_token_from_wire_untrusted,
     scores_from_wire_untrusted,
     tokens_from_wire_untrusted,
@@ -56,6 +58,7 @@ from engine.base.errors import (
 from engine.base.machine import Close, Dial, LinkLost, LinkName, LinkUp, Received, Send, Started, Tick
 from engine.commands import SampledToken
 from engine.types import FinishReason
+from kv_transfer.codecs import RAW
 
 CONTROLLER: LinkName = "controller"
 
@@ -69,7 +72,8 @@ class StopAdmitting:
 class Config:
     router_id: str
     controller_address: str
-    codec: str = "raw"
+    codec: str = RAW  # of requests that name none
+    kl_budget: float | None = None  # likewise
     requests_max: int = limits.ROUTER_REQUESTS_MAX
     queued_tokens_max: int = limits.ROUTER_QUEUED_TOKENS_MAX
     deadline_ms: int = limits.REQUEST_DEADLINE_MS
@@ -82,7 +86,7 @@ class RouterCore:
         self.config = config
         self.pool = WorkerPool()
         self.counters: Counter[tuple[str, str]] = Counter()  # (name, label) -> count
-        self._placer = Placer(self.pool, config.codec)
+        self._placer = Placer(self.pool, Wish(config.codec, config.kl_budget))
         self._absences = Absences(self.pool, config.worker_wait_ms)
         self._submissions: dict[int, Submission] = {}  # by key
         self._requests: dict[int, LiveRequest] = {}
@@ -334,7 +338,7 @@ class RouterCore:
         self._enter(request, Stage.PREFILL)
         request.source = Placement(worker.id, request.next_attempt())
         request.context_tokens = len(request.token_ids)
-        request.codec = ""
+        request.encoding = None
         request.submission.stats.prefill_worker = worker.id
         worker.prefill_tokens += request.prefill_load_tokens
         self._placer.prompt_sent(request, worker)
@@ -399,6 +403,7 @@ class RouterCore:
             request.children = {each: self._mint_id() for each in request.choices}
         if choice.worker is source:
             return self._bind_local(request, source)
+        request.encoding = self._placer.encoding(request, source, choice.worker)
         return [self._reserve(request, choice.worker, now_us)]
 
     def _bind_local(self, request: LiveRequest, source: Worker) -> list[object]:
@@ -410,7 +415,6 @@ class RouterCore:
         return [bind]
 
     def _reserve(self, request: LiveRequest, worker: Worker, now_us: int) -> Send:
-        request.codec = self._placer.codec(request, worker)
         reserve = worker_messages.reserve(request, worker, deadline_ms=self._remaining_ms(request, now_us))
         return self._send(worker, reserve=reserve)
 
@@ -459,15 +463,18 @@ class RouterCore:
 
     def _on_tokens(self, worker: Worker, message: pb.Tokens, now_us: int) -> list[object]:
         actions: list[object] = []
-        for request_id, attempt, token in tokens_from_wire_untrusted(message):
-            request = self._requests.get(request_id)
-            if request is None or request.is_group or request.target != Placement(worker.id, attempt):
+        worker_id = worker.id
+        for token in tokens_from_wire_untrusted(message):
+            request = self._requests.get(token.request)
+            if request is None or request.is_group or request.target != (worker_id, token.attempt):
                 self.counters["stale_tokens", ""] += 1
                 continue
             actions += self._forward(request, request.choice, token, now_us)
         return actions
 
-    def _forward(self, request: LiveRequest, choice: int, token: SampledToken, now_us: int) -> list[object]:
+    def _forward(
+        self, request: LiveRequest, choice: int, token: SampledToken | ReportedToken, now_us: int
+    ) -> list[object]:
         """Position n of a choice once, in order. A repeat is welcome news twice; a gap means that something was lost
         (a token without the log-probabilities that were asked for is no better)."""
         self._unload_prefill(request.group or request)
@@ -479,7 +486,8 @@ class RouterCore:
         if token.position > len(output) or (asked and token.logprobs is None):
             self.counters["token_gaps", ""] += 1
             return self._restart(request, now_us)
-        submission.mark("token", now_us)
+        if not output:
+            submission.mark("token", now_us)
         output.append(token.token_id)
         logprobs = (token.logprobs,) if asked and token.logprobs is not None else ()
         ready = TokensReady(submission.submit.key, (token.token_id,), choice, token.finish, logprobs)
@@ -512,7 +520,7 @@ class RouterCore:
             return []
         self._unload_prefill(request)
         self._placer.prompt_received(request, worker)
-        self._note_transfer(request.submission, message, now_us)
+        self._note_transfer(request, message, now_us)
         request.moving = False
         if request.is_group:
             return self._fork(request)
@@ -520,10 +528,11 @@ class RouterCore:
         request.source = None
         return []
 
-    def _note_transfer(self, submission: Submission, message: pb.Committed, now_us: int) -> None:
-        submission.mark("committed", now_us)
-        stats = submission.stats
-        stats.codec = message.codec
+    def _note_transfer(self, request: LiveRequest, message: pb.Committed, now_us: int) -> None:
+        request.submission.mark("committed", now_us)
+        stats = request.submission.stats
+        if not (request.moving and stats.codec):  # a move is raw, and what was lost before stays lost
+            stats.codec, stats.level = message.codec, message.level
         stats.kv_bytes_raw += message.bytes_raw
         stats.kv_bytes_wire += message.bytes_wire
         self.counters["kv_transfers", message.codec] += 1
@@ -731,6 +740,8 @@ class RouterCore:
 
     def _unload_prefill(self, request: LiveRequest) -> None:
         """The prompt is computed, or will not be: it no longer stands before others at its worker. Idempotent."""
+        if not request.prefill_load_tokens:
+            return
         worker = self.pool.get(request.source.worker) if request.source is not None else None
         if worker is not None:
             worker.prefill_tokens = max(0, worker.prefill_tokens - request.prefill_load_tokens)

@@ -37,7 +37,7 @@ from control_plane.router.stop_strings import StopMatcher, StopStrings
 from control_plane.router.validation import ValidatedRequest
 from control_plane.router.vocabulary import ModelCard, Vocabulary
 from engine.base import limits
-from engine.base.errors import Internal, InvalidArgument, ResourceExhausted, Status, TriptychError
+from engine.base.errors import InvalidArgument, ResourceExhausted, Status, TriptychError
 
 log = logging.getLogger("triptych.router")
 
@@ -205,7 +205,8 @@ class Edge:
         stream.end(_in_clients_words(ended, stream.request))
         record = _record(stream, ended, self._clock_us())
         self._observer.request_ended(record)
-        log.info("request %s", _log_line(stream, record))
+        if log.isEnabledFor(logging.INFO):
+            log.info("request %s", _log_line(stream, record))
 
     def _choices(self, request: ValidatedRequest) -> list[Choice]:
         """One per `n`; they share nothing but the stop strings' automaton."""
@@ -238,19 +239,6 @@ def word(text: str) -> str:
     return _NOT_A_WORD.sub("_", text[: limits.REQUEST_ID_CHARACTERS_MAX])
 
 
-def as_ours(raised: Exception) -> TriptychError:
-    """An exception that is no answer is a bug: logged here (tracebacks hold no values), anonymous outside."""
-    if isinstance(raised, TriptychError):
-        return raised
-    log.error("bug in the edge", exc_info=raised)
-    return Internal("internal error")
-
-
-def public_message(error: TriptychError) -> str:
-    """What the client may read. Our own bugs do not describe themselves to clients."""
-    return "internal error" if error.status is Status.INTERNAL else error.message
-
-
 def _submit(key: int, request: ValidatedRequest) -> Submit:
     return Submit(
         key=key,
@@ -259,6 +247,7 @@ def _submit(key: int, request: ValidatedRequest) -> Submit:
         tenant=request.tenant,
         deadline_ms=request.deadline_ms,
         codec=request.codec,
+        kl_budget=request.kl_budget,
         choices=request.choices,
         priority=request.priority,
     )
@@ -315,6 +304,7 @@ def _log_line(stream: RequestStream, record: RequestRecord) -> str:
         "prefill": word(stats.prefill_worker),
         "decode": word(stats.decode_worker),
         "codec": word(stats.codec),
+        "level": stats.level,
         "kv_bytes_raw": stats.kv_bytes_raw,
         "kv_bytes_wire": stats.kv_bytes_wire,
     }

@@ -20,13 +20,20 @@ def refuse(name: str, text: str) -> InvalidArgument:
 
 
 def number(fields: Fields, name: str, default: float, low: float, high: float, *, low_open: bool = False) -> float:
+    value = optional_number(fields, name, low, high, low_open=low_open)
+    return default if value is None else value
+
+
+def optional_number(
+    fields: Fields, name: str, low: float, high: float, *, low_open: bool = False, prefix: str = ""
+) -> float | None:
     value = fields.get(name)
     if value is None:
-        return default
+        return None
     inside = is_number(value) and low <= value <= high and not (low_open and value == low)
     if not inside:  # NaN is inside nothing
         bracket = "(" if low_open else "["
-        raise refuse(name, f"must be a number in {bracket}{low:g}, {high:g}]")
+        raise refuse(prefix + name, f"must be a number in {bracket}{low:g}, {high:g}]")
     return float(value) or 0.0  # -0.0 is 0.0
 
 

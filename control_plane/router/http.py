@@ -14,7 +14,7 @@ looks like (`answer`, `responses`).
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from types import TracebackType
@@ -25,11 +25,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from control_plane.router.answer import Answer
 from control_plane.router.body import BodyMemory, HeldBody
-from control_plane.router.edge import Edge, RouterState, as_ours, word
+from control_plane.router.client_errors import as_ours
+from control_plane.router.edge import Edge, RouterState, word
 from control_plane.router.metrics import RouterMetrics
 from control_plane.router.request_stream import RequestStream
 from control_plane.router.responses import (
@@ -45,6 +46,8 @@ from control_plane.router.vocabulary import ModelCard
 from engine.base import limits
 
 log = logging.getLogger("triptych.router")
+
+COMPLETIONS: Final = "/v1/completions"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,18 +70,27 @@ def public_app(
     metrics: RouterMetrics,
     wall_s: Callable[[], float],
     config: Config | None = None,
-) -> Starlette:
+) -> ASGIApp:
     """Everything on the public port."""
     config = config or Config()
     created = int(wall_s())
     completions = Completions(edge, validator, wall_s, config)
-    return _application(
-        Route("/v1/completions", completions, methods=["POST"]),
+    others = _application(
+        Route(COMPLETIONS, completions, methods=["POST"]),
         Route("/v1/models", _constant(models_body(edge.card, created))),
         Route("/version", _constant({"version": config.version})),
         *(Route(path, _not_yet(path), methods=["POST"]) for path in NOT_YET),
         *_probe_routes(state, metrics),
     )
+
+    def public(scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        """Completions go past Starlette: its eight coroutines around an answer and two around each `send` would all be
+        passed through for every streamed token. What else has that path (405) is Starlette's, like every other."""
+        if scope["path"] == COMPLETIONS and scope["method"] == "POST":
+            return completions(scope, receive, send)
+        return others(scope, receive, send)
+
+    return public
 
 
 def admin_app(*, state: RouterState, metrics: RouterMetrics, reset_cache: Callable[[], None]) -> Starlette:
@@ -148,6 +160,10 @@ class Completions:
                 await (answer.stream(send) if stream.request.stream else answer.whole(send))
         except (TimeoutError, OSError):  # does not read, or is gone; an incomplete response makes the server hang up
             log.debug("response abandoned id=%s", stream.id)
+        except Exception as raised:
+            if answer.started:
+                raise  # the server logs it, and hangs up
+            await send_error(send, as_ours(raised), stream.request.label)
 
 
 class Departure:

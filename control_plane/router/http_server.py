@@ -4,7 +4,7 @@
 
 Bounded here: connections, bytes and time of a request's head, requests sent ahead, idleness, and how long a client may
 leave the end of an answer unread. A refusal is our JSON if nothing else is being sent, otherwise the connection ends.
-Nothing here costs anything per streamed token: uvicorn's own `send` is untouched.
+Nothing here costs anything per streamed token: uvicorn's own `send` is untouched. An idle server sleeps.
 
 What does not belong here: bodies and answers (`http`), signals and the order of stopping (the process).
 """
@@ -25,6 +25,8 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from control_plane.router.responses import encode_json, error_value, retry_after
 from engine.base import limits
+
+DATE_S: Final = 1.0  # how long the `date` header stays as it is
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,9 +53,11 @@ class HttpServer:
                 http=cast("type[asyncio.Protocol]", partial(BoundedConnection, bounds=config)),
                 ws="none",
                 lifespan="off",
+                interface="asgi3",
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                proxy_headers=False,  # whose word for the client's address nobody here asks for
                 backlog=config.backlog,
                 timeout_graceful_shutdown=cast("int", config.stop_ms / 1000),
             )
@@ -73,9 +77,8 @@ class HttpServer:
 
     def stop(self, *, force: bool = False) -> None:
         """Accept nothing more and let answers under way end, but not by force: then connections end as they are."""
-        self._server.should_exit = True
+        self._server.leave(force=force)
         if force:
-            self._server.force_exit = True
             self._cut_off()
 
     def _cut_off(self) -> None:
@@ -84,11 +87,27 @@ class HttpServer:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn without its own signal handling: the process has one owner of signals."""
+    """uvicorn without its own signal handling, for the process has one owner of signals, and without its looking ten
+    times a second whether it should exit: waking an idle process costs more than some tokens do."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._leaving = asyncio.Event()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+    def leave(self, *, force: bool) -> None:
+        self.should_exit = True
+        self.force_exit = self.force_exit or force
+        self._leaving.set()
+
+    async def main_loop(self) -> None:
+        while not await self.on_tick(0):  # refreshes the `date` header
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(DATE_S):
+                    await self._leaving.wait()
 
 
 class BoundedConnection(HttpToolsProtocol):

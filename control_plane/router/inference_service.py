@@ -7,6 +7,7 @@ same over gRPC as over HTTP. Health follows readiness; reflection describes what
 import asyncio
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, Final, NoReturn
 
@@ -15,7 +16,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from control_plane.router.choice import Delta
-from control_plane.router.edge import Edge, RouterState, as_ours, public_message, word
+from control_plane.router.client_errors import as_ours, public_message
+from control_plane.router.edge import Edge, RouterState, word
 from control_plane.router.request_stream import News, RequestStream
 from control_plane.router.requests import PromptScored, RequestStats
 from control_plane.router.validation import Validator
@@ -93,10 +95,7 @@ class InferenceService(pb_grpc.InferenceServicer):
     async def _write_deltas(self, stream: RequestStream, context: Context) -> TriptychError | None:
         answer = ResponseWriter(stream)
         while True:
-            try:
-                news = await stream.next()
-            except Exception as raised:  # detokenising: a bug fails its own request only (I11)
-                return as_ours(raised)
+            news = await stream.next()
             for response in answer.responses(news):
                 await context.write(response)
             if news.ended is not None:
@@ -104,12 +103,19 @@ class InferenceService(pb_grpc.InferenceServicer):
 
 
 class ReadinessHealth(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # the base is untyped
-    """grpc.health.v1, answered from the router's readiness. The host calls `refresh` on each tick, for watchers."""
+    """grpc.health.v1, answered from the router's readiness. While it is `watched` its owner calls `refresh` often; a
+    router that nobody watches is left to sleep."""
 
     def __init__(self, state: RouterState) -> None:
         self._state = state
         self._announced = state.ready
         self._changed = asyncio.Event()
+        self._watchers = 0
+        self._watched = asyncio.Event()
+
+    async def watched(self) -> None:
+        """Returns when, or as soon as, somebody watches."""
+        await self._watched.wait()
 
     def refresh(self) -> None:
         if self._state.ready is not self._announced:
@@ -126,10 +132,22 @@ class ReadinessHealth(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # 
         if request.service not in HEALTH_NAMES:
             await context.write(health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVICE_UNKNOWN))
             return
-        while True:
-            changed = self._changed
-            await context.write(self._response())
-            await changed.wait()  # as long as the client watches: it ends the call, or the server does
+        with self._watching():
+            while True:
+                changed = self._changed
+                await context.write(self._response())
+                await changed.wait()  # as long as the client watches: it ends the call, or the server does
+
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        self._watchers += 1
+        self._watched.set()
+        try:
+            yield
+        finally:
+            self._watchers -= 1
+            if not self._watchers:
+                self._watched.clear()
 
     def _response(self) -> Any:
         serving = health_pb2.HealthCheckResponse.SERVING
@@ -146,8 +164,11 @@ def request_fields(request: pb.GenerateRequest) -> dict[str, Any]:
         fields["prompt"] = request.text if prompt == "text" else list(request.tokens.ids)
     fields |= {name: getattr(request, name) for name in ("add_special_tokens", "cache_salt") if request.HasField(name)}
     fields["priority"] = request.priority
-    if request.deadline_ms:
-        fields["triptych"] = {"deadline_ms": request.deadline_ms}
+    fields["triptych"] = {
+        "codec": request.codec or None,
+        "kl_budget": request.kl_budget if request.HasField("kl_budget") else None,
+        "deadline_ms": request.deadline_ms or None,
+    }
     return fields | sampling_fields(request.sampling)
 
 

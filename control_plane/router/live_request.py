@@ -21,9 +21,11 @@ group stays, FORKED, until every child has been heard of.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
 from control_plane.router.requests import Submit
 from control_plane.router.submissions import Submission
+from kv_transfer.codecs import EXACT, Encoding
 
 
 class Stage(Enum):
@@ -35,8 +37,7 @@ class Stage(Enum):
     FORKED = "forked"
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
+class Placement(NamedTuple):
     """An attempt at a worker. The attempt number fences everything that is said about it later."""
 
     worker: str
@@ -55,7 +56,7 @@ class LiveRequest:
     forks: "dict[int, LiveRequest]" = field(default_factory=dict)  # a FORKED group's: children not heard of yet
     group: "LiveRequest | None" = None  # of a child that is not heard of yet: where it came from
     context_tokens: int = 0  # tokens whose KV the source holds, or will
-    codec: str = ""  # that its KV goes, or has come, through
+    encoding: Encoding | None = None  # that its KV goes, or has come, through; None: nowhere yet
     refused: set[str] = field(default_factory=set)  # targets that said no in this round
     attempts: int = 0  # attempt numbers used; never reused
     losses: int = 0  # placements lost; bounded by ATTEMPTS_MAX
@@ -68,6 +69,11 @@ class LiveRequest:
     @property
     def submit(self) -> Submit:
         return self.submission.submit
+
+    @property
+    def identity(self) -> str:
+        """Of the KV at its target."""
+        return EXACT if self.encoding is None else self.encoding.identity
 
     @property
     def is_group(self) -> bool:
@@ -114,7 +120,7 @@ class LiveRequest:
         assert self.target is not None
         child = self.single(self.children[choice], choice)
         child.stage, child.target, child.attempts = Stage.DECODE, self.target, self.target.attempt
-        child.codec = self.codec
+        child.encoding = self.encoding
         return child
 
     def single(self, request_id: int, choice: int) -> "LiveRequest":

@@ -11,12 +11,13 @@ choice names its reason, which becomes a metric.
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from control_plane.router.encodings import Wish, choose_encoding
 from control_plane.router.live_request import LiveRequest
 from control_plane.router.prefix_index import CacheKind, PrefixIndex
 from control_plane.router.workers import Worker, WorkerPool
 from engine.base import limits
 from engine.types import Role
-from kv_transfer.codecs import EXACT, identity_of
+from kv_transfer.codecs import EXACT, Encoding
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +82,10 @@ def _choice(chosen: Candidate, least_loaded: Candidate, candidates: Sequence[Can
 class Placer:
     """Finds a request's next worker; remembers which blocks it sent to which."""
 
-    def __init__(self, pool: WorkerPool, default_codec: str) -> None:
+    def __init__(self, pool: WorkerPool, default: Wish) -> None:
         self._pool = pool
         self._index = PrefixIndex()
-        self._default_codec = default_codec
+        self._default = default
 
     def prefill(self, request: LiveRequest) -> Choice | None:
         tokens = len(request.token_ids)
@@ -96,16 +97,19 @@ class Placer:
         for others."""
         workers = self._pool.holding(Role.DECODE) or ([source] if source.has(Role.DECODE) else [])
         readers = [w for w in workers if w.info.schema_digest == source.info.schema_digest]
-        candidates = [self._candidate(w, request, request.context_tokens, self._identity(request, w)) for w in readers]
+        candidates = [
+            self._candidate(w, request, request.context_tokens, self.encoding(request, source, w).identity)
+            for w in readers
+        ]
         return choose_decode(candidates, source=source, refused=refused)
 
-    def codec(self, request: LiveRequest, target: Worker) -> str:
-        """What was asked for, if the target reads it: a missing codec is never an error (DESIGN 2.6). KV that moves on
-        is what it was made by its first codec, though it travels raw (DESIGN 2.7)."""
-        if request.moving and request.codec:
-            return request.codec
-        wanted = request.submit.codec or self._default_codec
-        return wanted if wanted in target.info.codecs else "raw"
+    def encoding(self, request: LiveRequest, source: Worker, target: Worker) -> Encoding:
+        """What its KV goes through from one to the other. KV that moves on is what its first encoding has made it,
+        though it travels raw (DESIGN 2.7)."""
+        if request.moving and request.encoding is not None:
+            return request.encoding
+        wish = Wish(request.submit.codec, request.submit.kl_budget)
+        return choose_encoding(wish.or_else(self._default), source.offers, target.offers)
 
     # -- what the index is told ----------------------------------------------------------------------------------------
     def prompt_sent(self, request: LiveRequest, worker: Worker) -> None:
@@ -114,7 +118,7 @@ class Placer:
         self._index.note(worker.id, hashes, columns=worker.info.total_columns)
 
     def prompt_received(self, request: LiveRequest, worker: Worker) -> None:
-        hashes = request.submission.hashes.of(_kind(worker, _identity_of(request.codec)))
+        hashes = request.submission.hashes.of(_kind(worker, request.identity))
         self._index.note(worker.id, hashes, columns=worker.info.total_columns)
 
     def output_ended(self, request: LiveRequest) -> None:
@@ -122,7 +126,7 @@ class Placer:
         KV."""
         worker = self._pool.get(request.target.worker) if request.target is not None else None
         if worker is not None:
-            kind = _kind(worker, _identity_of(request.codec))
+            kind = _kind(worker, request.identity)
             hashes = request.submission.hashes.extended(kind, request.emitted[:-1])
             self._index.note(worker.id, hashes, columns=worker.info.total_columns)
 
@@ -142,13 +146,6 @@ class Placer:
         kind = _kind(worker, identity)
         return kind.block_size * self._index.held_blocks(worker.id, request.submission.hashes.of(kind))
 
-    def _identity(self, request: LiveRequest, target: Worker) -> str:
-        return _identity_of(self.codec(request, target))
-
 
 def _kind(worker: Worker, identity: str) -> CacheKind:
     return CacheKind(bytes(worker.info.schema_digest), worker.info.block_size_tokens, identity)
-
-
-def _identity_of(codec: str) -> str:
-    return identity_of(codec, 0) if codec else EXACT

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import NamedTuple, Protocol, Self
 
 from control_plane.router.choice import Choice, Delta
+from control_plane.router.client_errors import as_ours
 from control_plane.router.requests import Ended, PromptScored, RequestStats, TokensReady
 from control_plane.router.validation import ValidatedRequest
 from engine.base.errors import Cancelled
@@ -107,13 +108,17 @@ class RequestStream:
         """Everything since the last call, in one piece: a reader that fell behind catches up in one step.
 
         The request's last delta comes together with its ending, so that whoever writes it knows that it is the last.
+        Detokenising something impossible is a bug of ours, and the ending of its own request only (I11).
         """
         if not self._readable and not self._scored and self._ended is None:
-            await self._changed()
+            await self._change()
         scored, self._scored = self._scored, []
-        deltas = self._read()
+        try:
+            deltas = self._read()
+        except Exception as raised:
+            return News((), (), Ended(key=self.key, error=as_ours(raised), stats=RequestStats()))
         while not self._open_choices and self._ended is None:
-            await self._changed()
+            await self._change()
         return News(scored, deltas, self._ended)
 
     def _read(self) -> list[Delta]:
@@ -128,12 +133,11 @@ class RequestStream:
                     self._owner.stop(self, choice.index)
         return deltas
 
-    async def _changed(self) -> None:
+    def _change(self) -> asyncio.Future[None]:
+        """Done when there is something new. A future and no coroutine: a token's wake-up passes through every one that
+        waits for it, and each is a frame that has left the cache since the last token."""
         self._wakeup = asyncio.get_running_loop().create_future()
-        try:
-            await self._wakeup
-        finally:
-            self._wakeup = None
+        return self._wakeup
 
     @asynccontextmanager
     async def patience(self) -> AsyncIterator[None]:

@@ -5,6 +5,7 @@ so that the core runs unchanged in the virtual cluster, where no edge exists.
 """
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from engine.base.errors import TriptychError
 from engine.types import FinishReason, SamplingParams, TokenLogprobs
@@ -24,7 +25,8 @@ class Submit:
     sampling: SamplingParams
     tenant: str = ""
     deadline_ms: int = 0
-    codec: str = ""  # the router's own choice when empty
+    codec: str = ""  # how its KV shall travel (`encodings.Wish`); the deployment's default when empty
+    kl_budget: float | None = None  # likewise
     choices: int = 1  # `n`: they share one prompt, one prefill and one transfer
     priority: int = 0  # lower is placed and runs earlier
 
@@ -50,8 +52,7 @@ class ResetCache:
 
 
 # -- core -> edge --------------------------------------------------------------------------------------------------
-@dataclass(frozen=True, slots=True)
-class TokensReady:
+class TokensReady(NamedTuple):
     """The next output tokens of one choice, in order, each exactly once. With `finish` they are its last."""
 
     key: int
@@ -79,6 +80,7 @@ class RequestStats:
     decode_worker: str = ""
     encode_workers: tuple[str, ...] = ()
     codec: str = ""
+    level: int = 0  # of the codec
     kv_bytes_raw: int = 0
     kv_bytes_wire: int = 0
     attempts: int = 0

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.types import Message, Send
 
 from control_plane.router.body import BodyTooLarge
-from control_plane.router.edge import public_message
+from control_plane.router.client_errors import public_message
 from engine.base import limits
 from engine.base.errors import InvalidArgument, NotFound, Status, TriptychError
 

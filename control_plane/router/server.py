@@ -39,6 +39,7 @@ from engine.base.errors import InvalidArgument, Unavailable
 from engine.grammar import check_constraint
 from engine.types import Constraint
 from kv_transfer.codecs import codecs
+from kv_transfer.offers import AUTO
 from kv_transfer.transports.grpc import GrpcTransport
 
 log = logging.getLogger("triptych.router")
@@ -142,7 +143,10 @@ class _Router:
         self._drain_timeout_s = options.drain_timeout_s
         self._shutdown = shutdown
         config = core.Config(
-            router_id=secrets.token_hex(8), controller_address=options.controller, codec=options.engine.codec
+            router_id=secrets.token_hex(8),
+            controller_address=options.controller,
+            codec=options.engine.codec,
+            kl_budget=options.engine.kl_budget,
         )
         self._core = core.RouterCore(config)
         self._transport = GrpcTransport()
@@ -168,7 +172,7 @@ class _Router:
             mint_id=lambda: secrets.token_hex(12),
         )
         self._validator = Validator(
-            ValidationConfig(codecs=tuple(codecs.names())),
+            ValidationConfig(codecs=(*codecs.names(), AUTO)),
             card=card,
             vocabulary=vocabulary,
             draw_seed=lambda: secrets.randbelow(limits.SEED_MAX),
@@ -219,6 +223,7 @@ class _Router:
 
     async def _refresh_health(self) -> None:
         while True:
+            await self._health.watched()
             self._health.refresh()
             await asyncio.sleep(REFRESH_S)
 

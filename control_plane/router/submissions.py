@@ -50,7 +50,8 @@ class Submission:
     def sampling(self) -> SamplingParams:
         """For the next prefill. Scores that were given are not asked for again: they would keep it from the cache."""
         sampling = self.submit.sampling
-        return replace(sampling, prompt_logprobs=None) if self.scored else sampling
+        given = sampling.prompt_logprobs is not None and self.scored
+        return replace(sampling, prompt_logprobs=None) if given else sampling
 
     def new_scores(self, start: int, scores: Sequence[TokenLogprobs]) -> tuple[TokenLogprobs, ...] | None:
         """Those that the client does not have yet. None: some between them and the last ones are missing."""

@@ -32,6 +32,7 @@ from control_plane.router.fields import (
     integer,
     object_or_empty,
     optional_integer,
+    optional_number,
     refuse,
     strings,
 )
@@ -76,7 +77,7 @@ NOT_SERVED: Final[Mapping[str, tuple[Any, ...]]] = {
 
 KNOWN: Final = SERVED | NOT_SERVED.keys()
 STREAM_OPTIONS: Final = ("include_usage", "continuous_usage_stats")
-TRIPTYCH_KEYS: Final = ("codec", "deadline_ms")
+TRIPTYCH_KEYS: Final = ("codec", "deadline_ms", "kl_budget")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +87,8 @@ class ValidatedRequest:
     token_ids: tuple[int, ...]
     sampling: SamplingParams
     deadline_ms: int = limits.REQUEST_DEADLINE_MS  # what is left of it: reading and checking have had their share
-    codec: str = ""  # "": the router chooses
+    codec: str = ""  # how its KV travels; "": the deployment's default
+    kl_budget: float | None = None  # nats per token that it may lose on the way; None: likewise
     tenant: str = ""  # who may share this request's KV: nobody with another one
     choices: int = 1
     priority: int = 0  # lower is earlier
@@ -185,7 +187,7 @@ class Validator:
         self._unknown.note(sorted(fields.keys() - KNOWN))
         self._check_model(fields)
         refuse_not_served(fields)
-        codec, deadline_ms = self._triptych(fields)
+        travel, deadline_ms = self._triptych(fields)
         answer = {**self._stream_options(fields), **read_answer(fields), "label": label}
         prompt_fields = PromptFields.read(fields)
         constraint = read_constraint(fields)
@@ -200,7 +202,7 @@ class Validator:
                 constraint=constraint.constraint if constraint is not None else None,
                 **wanted,
             ),
-            codec=codec,
+            **travel,
             echo_text=prompt.echo_text,
             skip_special_tokens=prompt_fields.skip_special_tokens,
             constraint_field=constraint.field if constraint is not None else "",
@@ -235,15 +237,18 @@ class Validator:
         include_usage, continuous_usage = (boolean(options, name, prefix="stream_options.") for name in STREAM_OPTIONS)
         return {"include_usage": include_usage, "continuous_usage": include_usage and continuous_usage}
 
-    def _triptych(self, fields: Fields) -> tuple[str, int]:
+    def _triptych(self, fields: Fields) -> tuple[dict[str, Any], int]:
+        """How its KV travels, and how long it may take."""
         knobs = object_or_empty(fields, "triptych")
         for name in sorted(knobs.keys() - set(TRIPTYCH_KEYS)):
             raise _misspelt(name)
         codec = knobs.get("codec")
         if codec is not None and codec not in self._config.codecs:
             raise refuse("triptych.codec", f"must be one of: {', '.join(self._config.codecs)}")
+        kl_budget = optional_number(knobs, "kl_budget", 0, limits.KL_BUDGET_MAX, prefix="triptych.")
         default_ms, most_ms = self._config.deadline_ms_default, limits.REQUEST_DEADLINE_MS_MAX
-        return codec or "", integer(knobs, "deadline_ms", default_ms, 1, most_ms, prefix="triptych.")
+        deadline_ms = integer(knobs, "deadline_ms", default_ms, 1, most_ms, prefix="triptych.")
+        return {"codec": codec or "", "kl_budget": kl_budget}, deadline_ms
 
     def _max_tokens(self, fields: Fields, prompt_tokens: int) -> int:
         """The default shrinks to the room that the prompt leaves; an explicit value that does not fit is refused."""

@@ -1,7 +1,8 @@
 """What the router tells workers, written from what it knows of a request. Translation only: nothing is decided here."""
 
 from collections.abc import Mapping
-from typing import Final
+from dataclasses import asdict
+from typing import Any, Final
 
 from control_plane.router.live_request import LiveRequest
 from control_plane.router.workers import Worker
@@ -38,7 +39,7 @@ def reserve(request: LiveRequest, worker: Worker, *, deadline_ms: int) -> pb.Res
         deadline_ms=deadline_ms,
         tenant=request.submit.tenant,
         choices=_choices(request),
-        codec=request.codec,
+        **_encoding(request),
         priority=request.submit.priority,
     )
 
@@ -54,7 +55,7 @@ def bind(request: LiveRequest, worker: Worker, reserved: pb.Reserved) -> pb.Bind
         transfer_id=reserved.transfer_id,
         target_epoch=reserved.epoch,
         skip_tokens=reserved.skip_tokens,
-        codec=request.codec,
+        **_encoding(request),
     )
 
 
@@ -71,6 +72,11 @@ def bind_local(request: LiveRequest) -> pb.Bind:
 
 def abort(request_id: int, attempt: int) -> pb.Abort:
     return pb.Abort(request=request_id, attempt=attempt)
+
+
+def _encoding(request: LiveRequest) -> dict[str, Any]:
+    """The fields of a Reserve or Bind that say what the KV goes through."""
+    return {} if request.encoding is None else asdict(request.encoding)
 
 
 def _choices(request: LiveRequest) -> list[pb.ChoiceAttempt]:

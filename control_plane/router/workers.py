@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 from control_plane.router.requests import WorkerView
 from control_plane.wire import session_pb2 as pb
 from control_plane.wire.session import Session
+from control_plane.wire.translate import offers_from_wire_untrusted
 from engine.base import limits
 from engine.base.errors import FrameError
 from engine.base.machine import LinkName
 from engine.types import Role
+from kv_transfer.offers import Offers
 
 SERVING = "SERVING"
 LINK_PREFIX = "worker/"
@@ -35,6 +37,7 @@ class Worker:
     session: Session | None = None
     redial_us: int | None = 0  # None while a link is open or being dialled
     listed: bool = True  # in the newest table
+    offers: Offers = field(default_factory=dict)  # codecs that it reads and writes
     status: pb.WorkerStatus = field(default_factory=pb.WorkerStatus)
     events: dict[str, int] = field(default_factory=dict)  # its own counts so far; they outlive a session
     prefix_cache: dict[str, int] = field(default_factory=dict)  # likewise
@@ -87,6 +90,7 @@ class WorkerPool:
                 self._workers[worker_id] = Worker(info)
             else:
                 self._refresh(known, info)
+            self._workers[worker_id].offers = _offers_untrusted(info)
         for worker in tuple(self):
             worker.listed = worker.id in listed
             if worker.redial_us is not None:
@@ -188,6 +192,14 @@ class WorkerPool:
             tasks=worker.status.tasks,
             cached_columns=worker.status.cached_columns,
         )
+
+
+def _offers_untrusted(info: pb.WorkerInfo) -> Offers:
+    """None from a worker whose offers nobody can read: its KV travels raw, and the others are not its fault."""
+    try:
+        return offers_from_wire_untrusted(info.offers)
+    except FrameError:
+        return {}
 
 
 def _growth(before: int, count: int) -> int:

@@ -84,7 +84,7 @@ class GenerateSampling(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., max_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: bool = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., min_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., skip_special_tokens: bool = ..., include_stop_str_in_output: bool = ..., n: _Optional[int] = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., truncate_prompt_tokens: _Optional[int] = ..., allowed_token_ids: _Optional[_Iterable[int]] = ..., bad_words: _Optional[_Iterable[str]] = ..., json_schema: _Optional[str] = ..., json_object: bool = ..., regex: _Optional[str] = ..., choice: _Optional[_Union[Strings, _Mapping]] = ..., grammar: _Optional[str] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "text", "tokens", "sampling", "model", "deadline_ms", "add_special_tokens", "priority", "cache_salt")
+    __slots__ = ("request_id", "text", "tokens", "sampling", "model", "deadline_ms", "add_special_tokens", "priority", "cache_salt", "codec", "kl_budget")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -94,6 +94,8 @@ class GenerateRequest(_message.Message):
     ADD_SPECIAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    KL_BUDGET_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     text: str
     tokens: TokenIds
@@ -103,7 +105,9 @@ class GenerateRequest(_message.Message):
     add_special_tokens: bool
     priority: int
     cache_salt: str
-    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., tokens: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[GenerateSampling, _Mapping]] = ..., model: _Optional[str] = ..., deadline_ms: _Optional[int] = ..., add_special_tokens: bool = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ...) -> None: ...
+    codec: str
+    kl_budget: float
+    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., tokens: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[GenerateSampling, _Mapping]] = ..., model: _Optional[str] = ..., deadline_ms: _Optional[int] = ..., add_special_tokens: bool = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., codec: _Optional[str] = ..., kl_budget: _Optional[float] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("id", "token_ids", "text", "finish_reason", "prompt_tokens", "completion_tokens", "stats", "index", "cached_tokens", "output_logprobs", "input_logprobs", "matched_token_id", "matched_stop_str")
@@ -166,7 +170,7 @@ class TopLogProbs(_message.Message):
     def __init__(self, values: _Optional[_Iterable[float]] = ..., token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class RequestStats(_message.Message):
-    __slots__ = ("prefill_worker", "decode_worker", "encode_workers", "codec", "kv_bytes_raw", "kv_bytes_wire", "attempts", "phase_ms", "cached_tokens", "skipped_tokens")
+    __slots__ = ("prefill_worker", "decode_worker", "encode_workers", "codec", "kv_bytes_raw", "kv_bytes_wire", "attempts", "phase_ms", "cached_tokens", "skipped_tokens", "level")
     class PhaseMsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -184,6 +188,7 @@ class RequestStats(_message.Message):
     PHASE_MS_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SKIPPED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LEVEL_FIELD_NUMBER: _ClassVar[int]
     prefill_worker: str
     decode_worker: str
     encode_workers: _containers.RepeatedScalarFieldContainer[str]
@@ -194,7 +199,8 @@ class RequestStats(_message.Message):
     phase_ms: _containers.ScalarMap[str, float]
     cached_tokens: int
     skipped_tokens: int
-    def __init__(self, prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., encode_workers: _Optional[_Iterable[str]] = ..., codec: _Optional[str] = ..., kv_bytes_raw: _Optional[int] = ..., kv_bytes_wire: _Optional[int] = ..., attempts: _Optional[int] = ..., phase_ms: _Optional[_Mapping[str, float]] = ..., cached_tokens: _Optional[int] = ..., skipped_tokens: _Optional[int] = ...) -> None: ...
+    level: int
+    def __init__(self, prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., encode_workers: _Optional[_Iterable[str]] = ..., codec: _Optional[str] = ..., kv_bytes_raw: _Optional[int] = ..., kv_bytes_wire: _Optional[int] = ..., attempts: _Optional[int] = ..., phase_ms: _Optional[_Mapping[str, float]] = ..., cached_tokens: _Optional[int] = ..., skipped_tokens: _Optional[int] = ..., level: _Optional[int] = ...) -> None: ...
 
 class AbortRequest(_message.Message):
     __slots__ = ("id",)

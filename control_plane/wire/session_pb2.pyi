@@ -129,7 +129,7 @@ class Prefill(_message.Message):
     def __init__(self, request: _Optional[int] = ..., attempt: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., deadline_ms: _Optional[int] = ..., tenant: _Optional[str] = ..., choices: _Optional[_Iterable[int]] = ..., priority: _Optional[int] = ...) -> None: ...
 
 class Reserve(_message.Message):
-    __slots__ = ("request", "attempt", "epoch", "schema_digest", "token_ids", "prompt_tokens", "sampling", "deadline_ms", "tenant", "choices", "codec", "priority")
+    __slots__ = ("request", "attempt", "epoch", "schema_digest", "token_ids", "prompt_tokens", "sampling", "deadline_ms", "tenant", "choices", "codec", "priority", "level", "tables")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -142,6 +142,8 @@ class Reserve(_message.Message):
     CHOICES_FIELD_NUMBER: _ClassVar[int]
     CODEC_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    LEVEL_FIELD_NUMBER: _ClassVar[int]
+    TABLES_FIELD_NUMBER: _ClassVar[int]
     request: int
     attempt: int
     epoch: int
@@ -154,7 +156,9 @@ class Reserve(_message.Message):
     choices: _containers.RepeatedCompositeFieldContainer[ChoiceAttempt]
     codec: str
     priority: int
-    def __init__(self, request: _Optional[int] = ..., attempt: _Optional[int] = ..., epoch: _Optional[int] = ..., schema_digest: _Optional[bytes] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., deadline_ms: _Optional[int] = ..., tenant: _Optional[str] = ..., choices: _Optional[_Iterable[_Union[ChoiceAttempt, _Mapping]]] = ..., codec: _Optional[str] = ..., priority: _Optional[int] = ...) -> None: ...
+    level: int
+    tables: int
+    def __init__(self, request: _Optional[int] = ..., attempt: _Optional[int] = ..., epoch: _Optional[int] = ..., schema_digest: _Optional[bytes] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., deadline_ms: _Optional[int] = ..., tenant: _Optional[str] = ..., choices: _Optional[_Iterable[_Union[ChoiceAttempt, _Mapping]]] = ..., codec: _Optional[str] = ..., priority: _Optional[int] = ..., level: _Optional[int] = ..., tables: _Optional[int] = ...) -> None: ...
 
 class ChoiceAttempt(_message.Message):
     __slots__ = ("request", "choice")
@@ -165,7 +169,7 @@ class ChoiceAttempt(_message.Message):
     def __init__(self, request: _Optional[int] = ..., choice: _Optional[int] = ...) -> None: ...
 
 class Bind(_message.Message):
-    __slots__ = ("request", "attempt", "target_attempt", "target", "target_address", "transfer_id", "target_epoch", "skip_tokens", "codec", "choices")
+    __slots__ = ("request", "attempt", "target_attempt", "target", "target_address", "transfer_id", "target_epoch", "skip_tokens", "codec", "choices", "level", "tables")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     TARGET_ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -176,6 +180,8 @@ class Bind(_message.Message):
     SKIP_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CODEC_FIELD_NUMBER: _ClassVar[int]
     CHOICES_FIELD_NUMBER: _ClassVar[int]
+    LEVEL_FIELD_NUMBER: _ClassVar[int]
+    TABLES_FIELD_NUMBER: _ClassVar[int]
     request: int
     attempt: int
     target_attempt: int
@@ -186,7 +192,9 @@ class Bind(_message.Message):
     skip_tokens: int
     codec: str
     choices: _containers.RepeatedCompositeFieldContainer[ChoiceAttempt]
-    def __init__(self, request: _Optional[int] = ..., attempt: _Optional[int] = ..., target_attempt: _Optional[int] = ..., target: _Optional[str] = ..., target_address: _Optional[str] = ..., transfer_id: _Optional[bytes] = ..., target_epoch: _Optional[int] = ..., skip_tokens: _Optional[int] = ..., codec: _Optional[str] = ..., choices: _Optional[_Iterable[_Union[ChoiceAttempt, _Mapping]]] = ...) -> None: ...
+    level: int
+    tables: int
+    def __init__(self, request: _Optional[int] = ..., attempt: _Optional[int] = ..., target_attempt: _Optional[int] = ..., target: _Optional[str] = ..., target_address: _Optional[str] = ..., transfer_id: _Optional[bytes] = ..., target_epoch: _Optional[int] = ..., skip_tokens: _Optional[int] = ..., codec: _Optional[str] = ..., choices: _Optional[_Iterable[_Union[ChoiceAttempt, _Mapping]]] = ..., level: _Optional[int] = ..., tables: _Optional[int] = ...) -> None: ...
 
 class Abort(_message.Message):
     __slots__ = ("request", "attempt")
@@ -289,20 +297,22 @@ class PromptScored(_message.Message):
     def __init__(self, request: _Optional[int] = ..., attempt: _Optional[int] = ..., start: _Optional[int] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ...) -> None: ...
 
 class Committed(_message.Message):
-    __slots__ = ("request", "attempt", "codec", "bytes_raw", "bytes_wire", "transfer_us")
+    __slots__ = ("request", "attempt", "codec", "bytes_raw", "bytes_wire", "transfer_us", "level")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     CODEC_FIELD_NUMBER: _ClassVar[int]
     BYTES_RAW_FIELD_NUMBER: _ClassVar[int]
     BYTES_WIRE_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_US_FIELD_NUMBER: _ClassVar[int]
+    LEVEL_FIELD_NUMBER: _ClassVar[int]
     request: int
     attempt: int
     codec: str
     bytes_raw: int
     bytes_wire: int
     transfer_us: int
-    def __init__(self, request: _Optional[int] = ..., attempt: _Optional[int] = ..., codec: _Optional[str] = ..., bytes_raw: _Optional[int] = ..., bytes_wire: _Optional[int] = ..., transfer_us: _Optional[int] = ...) -> None: ...
+    level: int
+    def __init__(self, request: _Optional[int] = ..., attempt: _Optional[int] = ..., codec: _Optional[str] = ..., bytes_raw: _Optional[int] = ..., bytes_wire: _Optional[int] = ..., transfer_us: _Optional[int] = ..., level: _Optional[int] = ...) -> None: ...
 
 class Tokens(_message.Message):
     __slots__ = ("requests", "attempts", "positions", "token_ids", "finishes", "logprobs")
@@ -430,7 +440,7 @@ class WorkerToRouter(_message.Message):
     def __init__(self, sequence: _Optional[int] = ..., near_turn: _Optional[_Union[NearTurn, _Mapping]] = ..., reserved: _Optional[_Union[Reserved, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., first_token: _Optional[_Union[FirstToken, _Mapping]] = ..., committed: _Optional[_Union[Committed, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., relocate: _Optional[_Union[Relocate, _Mapping]] = ..., failed: _Optional[_Union[AttemptFailed, _Mapping]] = ..., status: _Optional[_Union[WorkerStatus, _Mapping]] = ..., prompt_scored: _Optional[_Union[PromptScored, _Mapping]] = ...) -> None: ...
 
 class WorkerInfo(_message.Message):
-    __slots__ = ("worker", "name", "address", "epoch", "state", "roles", "model", "schema_digest", "block_size_tokens", "total_columns", "max_model_len", "codecs", "wire_version")
+    __slots__ = ("worker", "name", "address", "epoch", "state", "roles", "model", "schema_digest", "block_size_tokens", "total_columns", "max_model_len", "wire_version", "offers")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -442,8 +452,8 @@ class WorkerInfo(_message.Message):
     BLOCK_SIZE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TOTAL_COLUMNS_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
-    CODECS_FIELD_NUMBER: _ClassVar[int]
     WIRE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    OFFERS_FIELD_NUMBER: _ClassVar[int]
     worker: str
     name: str
     address: str
@@ -455,9 +465,31 @@ class WorkerInfo(_message.Message):
     block_size_tokens: int
     total_columns: int
     max_model_len: int
-    codecs: _containers.RepeatedScalarFieldContainer[str]
     wire_version: int
-    def __init__(self, worker: _Optional[str] = ..., name: _Optional[str] = ..., address: _Optional[str] = ..., epoch: _Optional[int] = ..., state: _Optional[str] = ..., roles: _Optional[_Iterable[str]] = ..., model: _Optional[str] = ..., schema_digest: _Optional[bytes] = ..., block_size_tokens: _Optional[int] = ..., total_columns: _Optional[int] = ..., max_model_len: _Optional[int] = ..., codecs: _Optional[_Iterable[str]] = ..., wire_version: _Optional[int] = ...) -> None: ...
+    offers: _containers.RepeatedCompositeFieldContainer[CodecOffer]
+    def __init__(self, worker: _Optional[str] = ..., name: _Optional[str] = ..., address: _Optional[str] = ..., epoch: _Optional[int] = ..., state: _Optional[str] = ..., roles: _Optional[_Iterable[str]] = ..., model: _Optional[str] = ..., schema_digest: _Optional[bytes] = ..., block_size_tokens: _Optional[int] = ..., total_columns: _Optional[int] = ..., max_model_len: _Optional[int] = ..., wire_version: _Optional[int] = ..., offers: _Optional[_Iterable[_Union[CodecOffer, _Mapping]]] = ...) -> None: ...
+
+class CodecOffer(_message.Message):
+    __slots__ = ("codec", "tables", "level", "costs")
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    TABLES_FIELD_NUMBER: _ClassVar[int]
+    LEVEL_FIELD_NUMBER: _ClassVar[int]
+    COSTS_FIELD_NUMBER: _ClassVar[int]
+    codec: str
+    tables: int
+    level: int
+    costs: _containers.RepeatedCompositeFieldContainer[LevelCost]
+    def __init__(self, codec: _Optional[str] = ..., tables: _Optional[int] = ..., level: _Optional[int] = ..., costs: _Optional[_Iterable[_Union[LevelCost, _Mapping]]] = ...) -> None: ...
+
+class LevelCost(_message.Message):
+    __slots__ = ("level", "bits_per_element", "kl")
+    LEVEL_FIELD_NUMBER: _ClassVar[int]
+    BITS_PER_ELEMENT_FIELD_NUMBER: _ClassVar[int]
+    KL_FIELD_NUMBER: _ClassVar[int]
+    level: int
+    bits_per_element: float
+    kl: float
+    def __init__(self, level: _Optional[int] = ..., bits_per_element: _Optional[float] = ..., kl: _Optional[float] = ...) -> None: ...
 
 class Register(_message.Message):
     __slots__ = ("info", "highest_term")

@@ -1,8 +1,9 @@
 """Values of the floors below <-> their protobuf spelling. Total on received messages: FrameError or a valid value."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 from control_plane.wire import session_pb2 as pb
 from engine.base import limits
@@ -10,6 +11,9 @@ from engine.base.errors import FrameError, InvalidArgument
 from engine.commands import SampledToken
 from engine.types import Constraint, ConstraintKind, FinishReason, SamplingParams, TokenLogprobs
 from kv_transfer import reports
+from kv_transfer.codecs import RAW, Encoding
+from kv_transfer.frame import LEVEL_MAX, fits_codec_name
+from kv_transfer.offers import LevelCost, Offer
 
 FINISH_CODES: dict[FinishReason | None, int] = {None: 0, FinishReason.STOP: 1, FinishReason.LENGTH: 2}
 FINISH_REASONS: dict[int, FinishReason | None] = {code: reason for reason, code in FINISH_CODES.items()}
@@ -188,19 +192,73 @@ def tokens_to_wire(tokens: Sequence[tuple[int, int, SampledToken]]) -> pb.Tokens
     )
 
 
-def tokens_from_wire_untrusted(message: pb.Tokens) -> list[tuple[int, int, SampledToken]]:
-    """The inverse. Which choice a token belongs to is what its request says, so `seq_id` and `choice` mean nothing."""
+class ReportedToken(NamedTuple):
+    """One token of a step, under the names that the router knows its attempt by. Which choice it belongs to is what
+    its request says."""
+
+    request: int
+    attempt: int
+    position: int
+    token_id: int
+    finish: FinishReason | None
+    logprobs: TokenLogprobs | None
+
+
+def tokens_from_wire_untrusted(message: pb.Tokens) -> list[ReportedToken]:
+    """The inverse."""
     columns = (message.requests, message.attempts, message.positions, message.token_ids, message.finishes)
     count = len(message.requests)
     if any(len(column) != count for column in columns) or len(message.logprobs) not in (0, count):
         raise FrameError("length")
     if not FINISH_REASONS.keys() >= set(message.finishes):
         raise FrameError("finish")
+    finishes = map(FINISH_REASONS.__getitem__, message.finishes)
     logprobs = map(logprobs_from_wire_untrusted, message.logprobs) if message.logprobs else [None] * count
+    return list(map(ReportedToken._make, zip(*columns[:-1], finishes, logprobs, strict=True)))
+
+
+# -- encodings ---------------------------------------------------------------------------------------------------------
+def encoding_from_wire_untrusted(message: pb.Reserve | pb.Bind) -> Encoding:
+    """One that a frame can name. Whether anybody here has such a codec is another question."""
+    _check_codec_untrusted(message.codec, message.level)
+    return Encoding(message.codec or RAW, message.level, message.tables)
+
+
+def offers_to_wire(offers: Iterable[Offer]) -> list[pb.CodecOffer]:
     return [
-        (request, attempt, SampledToken(0, position, token_id, FINISH_REASONS[finish], logprobs=score))
-        for request, attempt, position, token_id, finish, score in zip(*columns, logprobs, strict=True)
+        pb.CodecOffer(
+            codec=offer.codec,
+            tables=offer.tables,
+            level=offer.level,
+            costs=[pb.LevelCost(level=c.level, bits_per_element=c.bits_per_element, kl=c.kl) for c in offer.costs],
+        )
+        for offer in offers
     ]
+
+
+def offers_from_wire_untrusted(offers: Sequence[pb.CodecOffer]) -> dict[str, Offer]:
+    """By codec: each named once, with costs that can be compared."""
+    if len(offers) > limits.CODEC_OFFERS_MAX or len({offer.codec for offer in offers}) != len(offers):
+        raise FrameError("offers")
+    return {offer.codec: _offer_untrusted(offer) for offer in offers}
+
+
+def _offer_untrusted(offer: pb.CodecOffer) -> Offer:
+    _check_codec_untrusted(offer.codec, offer.level)
+    if not offer.codec or len(offer.costs) > limits.CODEC_LEVELS_MAX:
+        raise FrameError("offers")
+    return Offer(offer.codec, offer.tables, offer.level, tuple(map(_cost_untrusted, offer.costs)))
+
+
+def _cost_untrusted(cost: pb.LevelCost) -> LevelCost:
+    if cost.level > LEVEL_MAX or not (0 < cost.bits_per_element < math.inf and 0 <= cost.kl < math.inf):
+        raise FrameError("offers")  # NaN is inside nothing
+    return LevelCost(cost.level, cost.bits_per_element, cost.kl)
+
+
+def _check_codec_untrusted(name: str, level: int) -> None:
+    if not fits_codec_name(name) or level > LEVEL_MAX:
+        raise FrameError("codec")
 
 
 # -- reports -----------------------------------------------------------------------------------------------------------
@@ -268,7 +326,8 @@ def _committed(report: reports.Committed, request: int, attempt: int) -> pb.Comm
     return pb.Committed(
         request=request,
         attempt=attempt,
-        codec=report.codec,
+        codec=report.encoding.codec,
+        level=report.encoding.level,
         bytes_raw=report.bytes_raw,
         bytes_wire=report.bytes_wire,
         transfer_us=report.transfer_us,

@@ -20,6 +20,10 @@ FRAME_WINDOW: Final = 8  # frames in flight per transfer; bounds both ends' memo
 FRAME_RESENDS_MAX: Final = 3  # a range refused this often means the path corrupts; give the transfer up
 FRAME_RESEND_AFTER_MS: Final = 1_000  # no answer for a frame on a live link
 TRANSFERS_REMEMBERED: Final = 4_096  # finished transfers kept so that a repeated END is answered COMMITTED
+KL_BUDGET: Final = 0.01  # nats per token that a request's KV may lose on its way unless it says so (DESIGN 8)
+KL_BUDGET_MAX: Final = 1.0  # far beyond this the answer is another model's
+CODEC_OFFERS_MAX: Final = 32  # codecs of one worker; they are in every copy of the table of workers
+CODEC_LEVELS_MAX: Final = 32  # measured levels of one codec, likewise: 32 bytes each
 CODEC_JOBS_MAX: Final = 16  # encode and decode jobs running or queued in one worker
 CODEC_THREADS: Final = 1  # more would fight the engine for memory bandwidth on small machines
 

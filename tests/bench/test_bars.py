@@ -47,7 +47,7 @@ async def test_frames_do_not_slow_the_engine(model_dir: object) -> None:
 @pytest.mark.procs
 @pytest.mark.timeout(300)
 async def test_a_streamed_token_is_cheap_for_the_router() -> None:
-    check(await router_cost.measure())
+    check([router_cost.for_this_machine(figure) for figure in await router_cost.measure()])
 
 
 @pytest.mark.slow

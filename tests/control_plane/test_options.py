@@ -29,6 +29,9 @@ WORKER = WorkerOptions(name="p", roles=frozenset({Role.PREFILL}), controller="12
         ({"kv_cache_mib": 0}, "kv-cache-mib"),
         ({"model": "oracle"}, "executor"),
         ({"codec": "int7"}, "codec"),
+        ({"kl_budget": -0.01}, "kl-budget"),
+        ({"kl_budget": 1.01}, "kl-budget"),
+        ({"kl_budget": float("nan")}, "kl-budget"),
         ({"batching": "serathi"}, "batching"),
         ({"tbt_slo_ms": 0.0}, "tbt-slo-ms"),
         ({"tbt_slo_ms": float("nan")}, "tbt-slo-ms"),
@@ -39,6 +42,10 @@ def test_an_engine_refuses(given: dict[str, Any], option: str) -> None:
     with pytest.raises(OptionError) as caught:
         EngineOptions(**given)
     assert caught.value.option == option
+
+
+def test_auto_is_asked_for_like_a_codec() -> None:
+    assert EngineOptions(codec="auto", kl_budget=0).codec == "auto"
 
 
 def test_the_oracle_model_runs_on_executors_without_weights() -> None:

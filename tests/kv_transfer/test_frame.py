@@ -60,6 +60,7 @@ def atom_headers(draw: st.DrawFn) -> FrameHeader:
         tp_rank=tp_rank,
         tp_size=tp_size,
         raw_bytes=draw(st.integers(1, limits.FRAME_PAYLOAD_BYTES_MAX)),
+        tables=draw(st.integers(0, (1 << 32) - 1)),
     )
 
 
@@ -84,6 +85,8 @@ def test_the_bytes_on_the_wire_are_these() -> None:
         "7061796c6f6164"
     )
     assert data.hex() == expected.replace(" ", "")
+    with_tables = frames.seal(replace(ATOM, codec="transform", tables=0x1A2B3C4D), [b"payload"])
+    assert with_tables[108:112].hex() == "4d3c2b1a"
 
 
 def test_a_payload_in_parts_is_the_payload() -> None:
@@ -119,12 +122,21 @@ def test_the_largest_frame_is_allowed_and_no_larger() -> None:
         ("codec", {"codec": "größe"}),
         ("codec", {"codec": "a" * 17}),
         ("argument out of range|format", {"level": 1 << 16}),
+        ("argument out of range|format", {"tables": 1 << 32}),
         ("argument out of range|format", {"epoch": -1}),
     ],
 )
 def test_nothing_is_sealed_that_nobody_would_take(reason: str, change: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=rf"not a frame \(.*({reason})"):
         frames.seal(replace(ATOM, **change), [b"x"])
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FrameKind if kind is not FrameKind.DATA])
+def test_without_a_codec_there_are_no_tables(kind: FrameKind) -> None:
+    body = {FrameKind.END: [b"body"], FrameKind.REFUSED: [b"\1\0"]}.get(kind, [])
+    assert frames.seal(replace(CONTROL, kind=kind, codec="x", tables=1), body)
+    with pytest.raises(ValueError, match="codec"):
+        frames.seal(replace(CONTROL, kind=kind, tables=1), body)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in FrameKind if kind is not FrameKind.DATA])

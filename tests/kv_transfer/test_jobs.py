@@ -12,12 +12,13 @@ from engine.base.errors import FrameError
 from engine.kv.arena import Arena
 from engine.kv.schema import CacheSchema, Stream
 from kv_transfer import frame as frames
-from kv_transfer.codecs import elements
+from kv_transfer.codecs import CodecSet, elements
 from kv_transfer.frame import FrameHeader, FrameKind
 from kv_transfer.jobs import DecodeJob, EncodeJob, atoms
 
 KV = Stream(name="kv", layers=3, heads=2, head_dim=16, dtype="bfloat16")
 SCHEMA = CacheSchema("m", (KV,))
+CODECS = CodecSet(KV)
 TOKENS = 40
 BFLOAT16_INFINITY = 0x7F80
 
@@ -52,7 +53,11 @@ def header(codec: str = "raw", **changes: int) -> FrameHeader:
 
 
 def decode(data: bytes, arena: Arena, table: tuple[int, ...]) -> int:
-    return DecodeJob(frame=data, header=frames.parse_header_untrusted(data), table=table).run(arena)
+    return DecodeJob(frame=data, header=frames.parse_header_untrusted(data), table=table, codecs=CODECS).run(arena)
+
+
+def encode(header: FrameHeader, arena: Arena, table: tuple[int, ...]) -> bytes:
+    return EncodeJob(header=header, table=table, codecs=CODECS).run(arena)
 
 
 def numbers(arena: Arena, table: tuple[int, ...], layers: tuple[int, int], tokens: tuple[int, int]) -> np.ndarray:
@@ -61,7 +66,7 @@ def numbers(arena: Arena, table: tuple[int, ...], layers: tuple[int, int], token
 
 def test_raw_arrives_bit_for_bit_and_nothing_else_is_touched() -> None:
     (source, source_table), (target, target_table) = source_arena(), target_arena()
-    data = EncodeJob(header=header(), table=source_table).run(source)
+    data = encode(header(), source, source_table)
     assert decode(data, target, target_table) == frames.checksum_of(data)
     sent = source.read(source_table, (1, 3), (5, 37))
     np.testing.assert_array_equal(target.read(target_table, (1, 3), (5, 37)), sent)
@@ -70,7 +75,7 @@ def test_raw_arrives_bit_for_bit_and_nothing_else_is_touched() -> None:
 
 def test_a_lossy_codec_arrives_within_its_loss_and_smaller() -> None:
     (source, source_table), (target, target_table) = source_arena(), target_arena()
-    data = EncodeJob(header=header("int8"), table=source_table).run(source)
+    data = encode(header("int8"), source, source_table)
     got = frames.parse_header_untrusted(data)
     assert (got.codec, got.raw_bytes) == ("int8", 2 * 32 * KV.token_layer_bytes)
     assert got.payload_bytes < 0.6 * got.raw_bytes
@@ -82,7 +87,7 @@ def test_a_lossy_codec_arrives_within_its_loss_and_smaller() -> None:
 def test_numbers_that_a_codec_cannot_hold_go_raw() -> None:
     (source, table), (target, target_table) = source_arena(), target_arena()
     source.unit_view(table[1] * KV.layers + 2).view(np.uint16)[0, 0, 3, 4] = BFLOAT16_INFINITY
-    data = EncodeJob(header=header("int8"), table=table).run(source)
+    data = encode(header("int8"), source, table)
     assert frames.parse_header_untrusted(data).codec == "raw"
     decode(data, target, target_table)
     np.testing.assert_array_equal(target.read(target_table, (1, 3), (5, 37)), source.read(table, (1, 3), (5, 37)))
@@ -90,15 +95,15 @@ def test_numbers_that_a_codec_cannot_hold_go_raw() -> None:
 
 def test_an_atom_that_would_grow_goes_raw() -> None:
     source, table = source_arena()
-    data = EncodeJob(header=header("int8", token_end=6), table=table).run(source)  # a scale per number of one key
+    data = encode(header("int8", token_end=6, tables=0x1A2B), source, table)  # a scale per number of one key
     got = frames.parse_header_untrusted(data)
-    assert (got.codec, got.payload_bytes) == ("raw", got.raw_bytes)
+    assert (got.codec, got.payload_bytes, got.tables) == ("raw", got.raw_bytes, 0)
 
 
 @pytest.mark.parametrize("at", [9, 30, frames.HEADER_BYTES, -1])
 def test_a_damaged_frame_is_refused_before_anything_is_written(at: int) -> None:
     (source, source_table), (target, target_table) = source_arena(), target_arena()
-    data = bytearray(EncodeJob(header=header(), table=source_table).run(source))
+    data = bytearray(encode(header(), source, source_table))
     data[at] ^= 1
     with pytest.raises(FrameError, match="checksum"):
         decode(bytes(data), target, target_table)
@@ -113,12 +118,13 @@ def test_a_damaged_frame_is_refused_before_anything_is_written(at: int) -> None:
         ("range", {"layer_start": 2, "layer_end": 4}),
         ("codec", {"codec": "unheard-of"}),
         ("codec", {"level": 9}),
+        ("codec", {"tables": 0x1A2B}),  # `raw` has none
         ("length", {"codec": "int8"}),
     ],
 )
 def test_an_intact_frame_that_does_not_fit_is_refused(reason: str, change: dict[str, object]) -> None:
     (source, source_table), (target, target_table) = source_arena(), target_arena()
-    data = EncodeJob(header=header(), table=source_table).run(source)
+    data = encode(header(), source, source_table)
     forged = frames.seal(replace(frames.parse_header_untrusted(data), **change), [frames.payload_of(data)])
     with pytest.raises(FrameError, match=reason):
         decode(forged, target, target_table)

@@ -2,14 +2,16 @@
 
 Router: workers are called by their ids, the controller `controller`, clients by the keys of their requests.
 
-    > router [requests_max=.. attempts_max=..]   starts the machine
+    > router [requests_max=.. attempts_max=..]   starts the machine; also codec= kl_budget=
     > cluster p1:prefill d1:decode ...           starts it with these workers, connected and serving (prints nothing)
     > up d1 / > lost d1 reason                   a link opens, is lost
     > table term=2 p1:prefill d1:decode ...      the controller publishes; optional: max_len= block= (tokens in a block)
+                                                 lossy=transform/7@1a2b:0.005 (what all offer but raw, and its KL)
     > d1: committed request=1 attempt=2          a worker says something; with gap=1 a sequence number is missing, and
                                                  logprobs=-1,-2 are of so many tokens, each the likeliest
     > submit 1 tokens=1..8 max=4 / > cancel 1 / > stop 1 choice=1 / > reset_cache / > shutdown
                                                  submit also: n= priority= tenant= logprobs= scores= deadline_ms=
+                                                 codec= kl_budget=
     > requests / > workers / > counters          what the router believes
 
 Controller: peers are called as they introduce themselves.
@@ -29,8 +31,11 @@ from control_plane.router.requests import Cancel, Ended, PromptScored, ResetCach
 from control_plane.router.workers import LINK_PREFIX
 from control_plane.wire import session_pb2 as pb
 from control_plane.wire.session import Session, parse_hello_untrusted
+from control_plane.wire.translate import offers_to_wire
 from engine.base.machine import Close, Dial, LinkLost, LinkUp, Received, Send, Started
 from engine.types import SamplingParams, TokenLogprobs
+from kv_transfer.codecs import Encoding
+from kv_transfer.offers import LevelCost, Offer
 from tests.scenarios.runner import Script, Words
 from tests.scenarios.words import Names, fill, read_numbers, write_envelope, write_numbers
 
@@ -58,14 +63,15 @@ class RouterScript(Script):
 
     # -- commands ------------------------------------------------------------------------------------------------------
     def do_router(self, words: Words) -> list[str]:
-        sizes = {key: int(value) for key, value in words.keyed.items() if key != "block"}
-        self.machine = RouterCore(Config(router_id="r1", controller_address="controller:50051", **sizes))  # type: ignore[arg-type]
+        readers = {"codec": str, "kl_budget": float}
+        options = {key: readers.get(key, int)(v) for key, v in words.keyed.items() if key not in ("block", "lossy")}
+        self.machine = RouterCore(Config(router_id="r1", controller_address="controller:50051", **options))  # type: ignore[arg-type]
         return self.step(Started())
 
     def do_cluster(self, words: Words) -> list[str]:
         self.do_router(Words([], words.keyed))
         self.do_up(Words([CONTROLLER]))
-        self.do_table(Words(words.plain, {"term": "1", "block": words.keyed.get("block", "0")}))
+        self.do_table(Words(words.plain, {"term": "1"} | _only(words.keyed, "block", "lossy")))
         for worker_id, roles, _ in map(_worker, words.plain):
             self.do_up(Words([worker_id]))
             self.said(
@@ -97,7 +103,7 @@ class RouterScript(Script):
                 block_size_tokens=int(words.keyed.get("block", 0)),
                 total_columns=100,
                 max_model_len=int(words.keyed.get("max_len", 0)),
-                codecs=["raw"],
+                offers=offers_to_wire([Offer("raw"), *map(_offer, filter(None, [words.keyed.get("lossy")]))]),
             )
         return self._receive(CONTROLLER, pb.ControllerToRouter(table=table))
 
@@ -120,7 +126,8 @@ class RouterScript(Script):
         return self.step(Received(link, self.peers[link].seal(envelope)))
 
     def do_submit(self, words: Words) -> list[str]:
-        asked = {key: int(value) for key, value in words.keyed.items() if key not in ("tokens", "tenant")}
+        texts = ("tokens", "tenant", "codec", "kl_budget")
+        asked = {key: int(value) for key, value in words.keyed.items() if key not in texts}
         sampling = SamplingParams(
             temperature=0.0,
             max_tokens=asked.get("max", 4),
@@ -135,6 +142,8 @@ class RouterScript(Script):
             deadline_ms=asked.get("deadline_ms", 0),
             choices=asked.get("n", 1),
             priority=asked.get("priority", 0),
+            codec=words.keyed.get("codec", ""),
+            kl_budget=float(words.keyed["kl_budget"]) if "kl_budget" in words.keyed else None,
         )
         return self.step(submit)
 
@@ -212,6 +221,7 @@ class RouterScript(Script):
             stats = ended.stats
             reused = f" cached={stats.cached_tokens}" if stats.cached_tokens else ""
             reused += f" skipped={stats.skipped_tokens}" if stats.skipped_tokens else ""
+            reused += f" {stats.codec}/{stats.level}" if stats.level else ""
             return f"client {ended.key} <- ended {ended.finish} attempts={stats.attempts}{reused}"
         retry = f" (retry after {ended.error.retry_after_ms} ms)" if ended.error.retry_after_ms else ""
         return f"client {ended.key} <- ended {ended.error.status}: {ended.error.message}{retry}"
@@ -223,6 +233,17 @@ class RouterScript(Script):
             bound = sum(r.target is not None and r.target.worker == worker.id for r in requests)
             prefill = sum(r.prefill_load_tokens for r in requests if r.source and r.source.worker == worker.id)
             assert (worker.bound, worker.prefill_tokens) == (bound, prefill), f"{worker.id}: load is off"
+
+
+def _only(keyed: dict[str, str], *names: str) -> dict[str, str]:
+    return {name: keyed[name] for name in names if name in keyed}
+
+
+def _offer(text: str) -> Offer:
+    """ "transform/7@1a2b:0.005" """
+    identity, _, kl = text.partition(":")
+    encoding = Encoding.of(identity)
+    return Offer(encoding.codec, encoding.tables, 0, (LevelCost(encoding.level, 2.0, float(kl)),))
 
 
 def _add_logprobs(message: Any, logprobs: list[float]) -> None:

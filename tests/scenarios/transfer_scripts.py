@@ -15,9 +15,10 @@ Target:
 
     > open 1 columns=0,1 context=8             optional: skip= epoch= choices= identity=; prints the transfer's name
     > abort 1
-    > p1: data T1/0 layers=[0,4) tokens=[0,8)  optional: epoch= schema= codec= heads= damaged=<field or payload>
+    > p1: data T1/0 layers=[0,4) tokens=[0,8)  optional: epoch= schema= codec= level= tables= heads=
+                                               damaged=<field or payload>
     > p1: end T1/1 tokens=100 frames=1         with the digest of all frames so far; of=0,1: of these; digest=wrong;
-                                               codec=int8: what the KV has come through
+                                               codec=int8 level= tables=: what the KV has come through
 
 Branches are written `tokens=100|101`; one that is empty, because its choice is over, `100||102`.
     > lost p1
@@ -35,6 +36,7 @@ from engine.base.machine import Command, JobDone, Run, Send
 from engine.executors.oracle import oracle_schema
 from engine.kv.arena import Arena
 from kv_transfer import frame as frames
+from kv_transfer.codecs import CodecSet, Encoding
 from kv_transfer.custody import Custody
 from kv_transfer.frame import End, FrameHeader, FrameKind, TransferRefusal
 from kv_transfer.jobs import EncodeJob
@@ -62,6 +64,7 @@ class TransferScript(Script):
         super().__init__()
         self.schema = oracle_schema()
         self.names = Names(A=self.schema.digest)
+        self.codecs = CodecSet(self.schema.kv)
         self.arena = filled_arena(seed=1)
         self.custody = Custody()
         self.counters: Counter[str] = Counter()
@@ -100,6 +103,13 @@ class TransferScript(Script):
             sequence=int(sequence or 0),
             schema_digest=self.names.read(words.keyed.get("schema", "A")),
         )
+        if header.kind in (FrameKind.DATA, FrameKind.END):
+            header = replace(
+                header,
+                codec=words.keyed.get("codec", "raw"),
+                level=int(words.keyed.get("level", 0)),
+                tables=int(words.keyed.get("tables", "0"), 16),
+            )
         data = bytearray(self._sealed(header, words, rest))
         if "damaged" in words.keyed:
             data[BYTE_OF[words.keyed["damaged"]]] ^= 1
@@ -109,7 +119,6 @@ class TransferScript(Script):
         if header.kind is FrameKind.DATA:
             return self._data(header, words)
         if header.kind is FrameKind.END:
-            header = replace(header, codec=words.keyed.get("codec", "raw"))
             return frames.seal(header, [self._end(header, words)])
         if header.kind is FrameKind.REFUSED:
             refusal = TransferRefusal[rest[0].upper()]
@@ -129,7 +138,6 @@ class TransferScript(Script):
         heads = read_range(words.keyed.get("heads", f"[0,{self.schema.kv.heads})"))
         header = replace(
             header,
-            codec=words.keyed.get("codec", "raw"),
             layer_start=layers[0],
             layer_end=layers[1],
             token_start=tokens[0],
@@ -137,10 +145,13 @@ class TransferScript(Script):
             head_start=heads[0],
             head_end=heads[1],
         )
-        data = EncodeJob(header=replace(header, codec="raw"), table=tuple(range(COLUMNS))).run(self._peers_arena)
+        encode = EncodeJob(
+            header=replace(header, codec="raw", tables=0), table=tuple(range(COLUMNS)), codecs=self.codecs
+        )
+        data = encode.run(self._peers_arena)
         if header.codec != "raw":
-            sealed = frames.parse_header_untrusted(data)
-            data = frames.seal(replace(sealed, codec=header.codec), [frames.payload_of(data)])
+            header = replace(header, raw_bytes=frames.parse_header_untrusted(data).raw_bytes)
+            data = frames.seal(header, [frames.payload_of(data)])
         self.sealed.setdefault(header.transfer_id, {})[header.sequence] = frames.checksum_of(data)
         return data
 
@@ -170,7 +181,7 @@ class TransferScript(Script):
             case Arrived():
                 tokens = "|".join(map(write_numbers, action.branches))
                 return (
-                    f"arrived {action.seq_id} tokens={tokens} codec={action.codec} raw={action.bytes_raw}"
+                    f"arrived {action.seq_id} tokens={tokens} codec={action.encoding.codec} raw={action.bytes_raw}"
                     f" wire={action.bytes_wire} us={action.transfer_us}"
                 )
             case ArrivalFailed():
@@ -222,7 +233,9 @@ class SourceScript(TransferScript):
 
     def __init__(self) -> None:
         super().__init__()
-        self.machine = Source(self.schema, custody=self.custody, job_keys=count(1), counters=self.counters)
+        self.machine = Source(
+            self.schema, codecs=self.codecs, custody=self.custody, job_keys=count(1), counters=self.counters
+        )
 
     def do_hold(self, words: Words) -> list[str]:
         seq_id = int(words.plain[0])
@@ -249,8 +262,8 @@ class SourceScript(TransferScript):
             transfer_id=self.names.read(words.keyed["transfer"]),
             epoch=int(words.keyed.get("epoch", 1)),
             skip_tokens=int(words.keyed.get("skip", 0)),
-            codec=words.keyed.get("codec", "raw"),
             target_attempt=int(words.keyed["attempt"]),
+            encoding=Encoding(words.keyed.get("codec", "raw")),
         )
         return self.shown(self.machine.bind(int(words.plain[0]), binding, self.now_us))
 
@@ -280,6 +293,7 @@ class TargetScript(TransferScript):
         minted = count(1)
         self.machine = Target(
             self.schema,
+            codecs=CodecSet(replace(self.schema.kv, dtype="bfloat16")),  # int8 takes no bytes: only its name matters
             custody=self.custody,
             mint_transfer_id=lambda: self.names.read(f"T{next(minted)}"),
             job_keys=count(1),

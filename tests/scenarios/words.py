@@ -8,6 +8,7 @@ from google.protobuf.message import Message
 
 from engine.base.errors import FrameError
 from kv_transfer import frame as frames
+from kv_transfer.codecs import Encoding
 from kv_transfer.frame import FrameKind
 
 MessageT = TypeVar("MessageT", bound=Message)
@@ -164,11 +165,17 @@ def write_frame(data: bytes, names: Names) -> str:
             f"layers=[{header.layer_start},{header.layer_end})",
             f"tokens=[{header.token_start},{header.token_end})",
         ]
-        words.append(f"codec={header.codec}")
+        words += _write_encoding(header.encoding)
     if header.kind is FrameKind.END:
         end = frames.parse_end_untrusted(frames.payload_of(data))
         words += [f"tokens={'|'.join(map(write_numbers, end.branches))}", f"frames={end.frames}"]
-        words += [f"codec={header.codec}"] if header.codec != "raw" else []
+        words += _write_encoding(header.encoding) if header.codec != "raw" else []
     if header.kind is FrameKind.REFUSED:
         words.append(frames.parse_refusal_untrusted(frames.payload_of(data)).name.lower())
     return " ".join(words)
+
+
+def _write_encoding(encoding: Encoding) -> list[str]:
+    level = [f"level={encoding.level}"] if encoding.level else []
+    tables = [f"tables={encoding.tables:x}"] if encoding.tables else []
+    return [f"codec={encoding.codec}", *level, *tables]

@@ -57,6 +57,7 @@ class WorkerScript(TransferScript):
             roles=frozenset(map(Role, words.keyed["roles"].split(","))),
             model="oracle",
             schema=self.schema,
+            codecs=self.codecs,
             vocab_size=VOCAB_SIZE,
             max_model_len=64,
             block_size=BLOCK_SIZE,

@@ -19,6 +19,7 @@ from control_plane.router.core import Config as RouterConfig
 from control_plane.router.core import RouterCore
 from control_plane.router.requests import Cancel, ResetCache, Stop, Submit
 from engine.base.virtual_host import VirtualWorld
+from kv_transfer.codecs import CodecSet
 from kv_transfer.transports.memory import MemoryNetwork, MemoryTransport
 from tests.sim.history import Violation
 from tests.sim.processes import ORACLE, Core, Process, Shape, WorkerEngine
@@ -142,6 +143,7 @@ class VirtualCluster:
             roles=worker.roles,
             model=ORACLE.schema.model,
             schema=ORACLE.schema,
+            codecs=CodecSet(ORACLE.schema.kv, self.shape.profile),
             vocab_size=ORACLE.vocab_size,
             max_model_len=ORACLE.max_model_len,
             block_size=self.shape.block_size,

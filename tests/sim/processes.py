@@ -18,6 +18,7 @@ from engine.scheduler import Scheduler
 from engine.step_time import StepTimeModel
 from engine.types import Role
 from engine.virtual import VirtualEngine
+from kv_transfer.profile import Profile
 from kv_transfer.transports.memory import MemoryTransport
 from tests.sim.history import Violation
 from tests.sim.watchers import WatchedEngine, WatchedHost
@@ -53,6 +54,7 @@ class Shape:
     bytes_per_second: int | None = None
     job_us: int = 500
     step_time: StepTimeModel = STEP_TIME
+    profile: Profile | None = None  # of every worker
 
     @property
     def names(self) -> tuple[str, ...]:

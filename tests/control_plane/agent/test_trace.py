@@ -8,13 +8,17 @@ from control_plane.agent.trace import Trace, TracedMachine
 from engine.base.errors import FrameError
 from engine.base.machine import Command, JobDone, Run, Send, Tick
 from engine.commands import Activate, Branch, KVComputed, Prefilled, SampledToken, TokensSampled
+from engine.executors.oracle import oracle_schema
 from engine.types import SamplingParams
+from kv_transfer.codecs import CodecSet
 from kv_transfer.frame import FrameHeader, FrameKind
 from kv_transfer.jobs import DecodeJob
 
 HEADER = FrameHeader(
     kind=FrameKind.DATA, transfer_id=bytes(16), epoch=1, sequence=0, schema_digest=bytes(16), codec="raw", raw_bytes=96
 )
+
+CODECS = CodecSet(oracle_schema().kv)
 
 
 class Replies:
@@ -30,7 +34,7 @@ class Replies:
 
 
 def decode(key: int) -> Run:
-    return Run(key, DecodeJob(frame=b"", header=HEADER, table=(0,)))
+    return Run(key, DecodeJob(frame=b"", header=HEADER, table=(0,), codecs=CODECS))
 
 
 def read(path: Path) -> list[dict[str, object]]:

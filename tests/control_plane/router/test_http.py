@@ -54,6 +54,7 @@ async def test_a_whole_answer_is_a_text_completion() -> None:
             "decode_worker": "d1",
             "encode_workers": [],
             "codec": "raw",
+            "level": 0,
             "kv_bytes_raw": 4_000,
             "kv_bytes_wire": 1_000,
             "attempts": 1,
@@ -223,6 +224,22 @@ async def test_a_token_that_cannot_be_decoded_fails_its_own_request_only(caplog:
     assert router.edge.in_flight == 0
     router.core.script = answers([5])
     assert (await router.complete()).status_code == 200
+
+
+async def test_an_answer_that_cannot_be_written_is_an_error_like_every_other(caplog: pytest.LogCaptureFixture) -> None:
+    class Unnamed(OracleVocabulary):
+        def token_text(self, token_id: int) -> str:
+            raise RuntimeError("secret")
+
+    router = Router(vocabulary=Unnamed(1_000))
+    router.core.script = answers([5])
+    answer = await router.complete(logprobs=1)
+    assert (answer.status_code, answer.json()["error"]["type"]) == (500, "InternalServerError")
+    assert "secret" not in answer.text and "bug in the edge" in caplog.text
+    call = Call(router.app, body(logprobs=1))
+    with pytest.raises(RuntimeError):  # too late for an error: the server ends the connection
+        await call.task
+    assert [message["type"] for message in call.sent] == ["http.response.start"]
 
 
 @pytest.mark.parametrize("path", http.NOT_YET)
@@ -602,7 +619,7 @@ async def test_each_request_is_one_line_and_no_prompt_is_in_it(caplog: pytest.Lo
     lines = [record.getMessage() for record in caplog.records if record.name == "triptych.router"]
     served, refused = (line for line in lines if line.startswith("request "))
     assert served.startswith("request id=id1 label= status=stop prompt_tokens=9 output_tokens=2 ")
-    assert "prefill=p1 decode=d1 codec=raw kv_bytes_raw=4000 kv_bytes_wire=1000" in served
+    assert "prefill=p1 decode=d1 codec=raw level=0 kv_bytes_raw=4000 kv_bytes_wire=1000" in served
     assert refused == "request refused status=invalid_argument field=temperature label="
     assert "secret" not in caplog.text and "alice" not in caplog.text and "hot" not in caplog.text
 

@@ -18,7 +18,7 @@ async def test_one_connection_serves_several_requests() -> None:
         for _ in range(3):
             await client.send(GET)
             status, headers, body = await client.answer()
-            assert (status, body) == (200, b"hello") and "server" not in headers
+            assert (status, body) == (200, b"hello") and "server" not in headers and headers["date"].endswith("GMT")
         assert served.server.connections == 1
 
 

@@ -1,5 +1,6 @@
 """gRPC means the same as HTTP: over a real server on loopback, with the scripted core behind it."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any
@@ -23,7 +24,7 @@ from control_plane.wire import inference_pb2 as pb
 from control_plane.wire import inference_pb2_grpc as pb_grpc
 from engine.base.errors import DataLoss, Status, TriptychError, Unavailable
 from engine.types import Constraint, ConstraintKind, FinishReason
-from tests.control_plane.router.edge_fakes import FakeCore, Router, answers, in_turns, says, score
+from tests.control_plane.router.edge_fakes import FakeCore, Router, answers, in_turns, says, score, turns
 
 STOP, LENGTH = FinishReason.STOP, FinishReason.LENGTH
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -39,6 +40,15 @@ class Server:
         port = self.server.add_insecure_port("127.0.0.1:0")
         self.channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}")
         self.stub: Any = pb_grpc.InferenceStub(self.channel)
+
+    async def unwatched(self) -> None:
+        """Returns once nobody watches the health any more, which the server learns from the network."""
+        while True:
+            waiting = asyncio.create_task(self.health.watched())
+            await turns(1)
+            if not waiting.done():
+                waiting.cancel()
+                return
 
 
 @pytest.fixture
@@ -121,13 +131,17 @@ async def test_every_field_means_what_it_means_over_http(served: Server) -> None
         "cache_salt": "s",
         "priority": -2,
         "add_special_tokens": False,
+        "triptych": {"codec": "int8", "kl_budget": 0.0},
     }
-    message = request(sampling=sampling, priority=-2, cache_salt="s", add_special_tokens=False)
+    message = request(
+        sampling=sampling, priority=-2, cache_salt="s", add_special_tokens=False, codec="int8", kl_budget=0.0
+    )
     validate = served.router.validator.validate
     assert await validate(request_fields(message)) == await validate(fields)
     assert [response async for response in served.stub.Generate(message)]
     (submit,) = served.router.core.submits
     assert (submit.token_ids, submit.choices, submit.priority, submit.tenant) == ((2, 3), 2, -2, "salt:s")
+    assert (submit.codec, submit.kl_budget) == ("int8", 0.0)
 
 
 @pytest.mark.parametrize(
@@ -288,6 +302,20 @@ async def test_health_follows_readiness(served: Server) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as raised:
         await stub.Check(health_pb2.HealthCheckRequest(service="other"))
     assert raised.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+async def test_health_needs_refreshing_only_while_somebody_watches(served: Server) -> None:
+    watched = asyncio.create_task(served.health.watched())
+    await turns()
+    assert not watched.done()
+    stub: Any = health_pb2_grpc.HealthStub(served.channel)
+    watches = [stub.Watch(health_pb2.HealthCheckRequest()) for _ in range(2)]
+    for watch in watches:
+        assert (await watch.read()).status == SERVING
+    await watched
+    for watch in watches:
+        watch.cancel()
+    await served.unwatched()
 
 
 async def test_reflection_lists_the_services(served: Server) -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from control_plane.router.encodings import Wish
 from control_plane.router.live_request import LiveRequest, Placement
 from control_plane.router.placement import Candidate, Choice, Placer, choose_decode, choose_prefill
 from control_plane.router.requests import Submit
@@ -9,8 +10,11 @@ from control_plane.router.submissions import Submission
 from control_plane.router.workers import Worker, WorkerPool
 from control_plane.wire import session_pb2 as pb
 from control_plane.wire.session import Session
+from control_plane.wire.translate import offers_to_wire
 from engine.base import limits
 from engine.types import SamplingParams
+from kv_transfer.codecs import RAW_ENCODING, Encoding
+from kv_transfer.offers import Offer
 
 BLOCK = 4
 PROMPT = tuple(range(16))
@@ -80,7 +84,7 @@ class Cluster:
                 block_size_tokens=BLOCK,
                 total_columns=100,
                 schema_digest=b"A",
-                codecs=["raw", *codecs],
+                offers=offers_to_wire([Offer("raw"), *map(Offer, codecs)]),
             )
             for name, role in roles.items()
         ]
@@ -88,7 +92,7 @@ class Cluster:
         for name, role in roles.items():
             self[name].session = Session()
             self.pool.on_status_untrusted(self[name], pb.WorkerStatus(worker=name, state="SERVING", roles=[role]))
-        self.placer = Placer(self.pool, "raw")
+        self.placer = Placer(self.pool, Wish("raw"))
 
     def __getitem__(self, name: str) -> Worker:
         found = self.pool.get(name)
@@ -138,7 +142,7 @@ def test_an_answer_is_expected_where_it_was_decoded_but_for_its_last_token(clust
 
 def test_lossy_kv_serves_its_own_kind_and_exact_kv_serves_all(cluster: Cluster) -> None:
     first = request(*PROMPT, codec="lossy")
-    first.codec = cluster.placer.codec(first, cluster["d1"])
+    first.encoding = cluster.placer.encoding(first, cluster["p1"], cluster["d1"])
     cluster.placer.prompt_received(first, cluster["d1"])
     longer = (*PROMPT, 70)
     assert cluster.missing(request(*longer, codec="lossy"))[1] == 1
@@ -154,10 +158,34 @@ def test_a_lost_worker_is_forgotten(cluster: Cluster) -> None:
     assert cluster.missing(first) == (16, 16)
 
 
-def test_the_codec_is_what_the_target_reads_and_stays_with_kv_that_moves_on(cluster: Cluster) -> None:
+def test_the_encoding_is_what_both_ends_have_and_stays_with_kv_that_moves_on(cluster: Cluster) -> None:
+    asked, lossy = request(*PROMPT, codec="lossy"), Encoding("lossy")
+    p1, p2, d1, d2 = (cluster[name] for name in ("p1", "p2", "d1", "d2"))
+    assert cluster.placer.encoding(asked, p1, d1) == lossy
+    assert cluster.placer.encoding(request(*PROMPT), p1, d1) == RAW_ENCODING
+    assert cluster.placer.encoding(request(*PROMPT, codec="unheard of"), p1, d1) == RAW_ENCODING
+    p2.offers, d2.offers = {}, {}
+    assert cluster.placer.encoding(asked, p1, d2) == cluster.placer.encoding(asked, p2, d1) == RAW_ENCODING
+    asked.moving, asked.encoding = True, lossy
+    assert cluster.placer.encoding(asked, d1, d2) == lossy
+
+
+def test_kv_that_never_travelled_may_go_through_a_codec_when_it_moves_on(cluster: Cluster) -> None:
     asked = request(*PROMPT, codec="lossy")
-    assert cluster.placer.codec(asked, cluster["d1"]) == "lossy"
-    assert cluster.placer.codec(request(*PROMPT, codec="unheard of"), cluster["d1"]) == "raw"
-    asked.moving, asked.codec = True, "lossy"
-    del cluster["d2"].info.codecs[1:]
-    assert cluster.placer.codec(asked, cluster["d2"]) == "lossy"
+    asked.moving = True
+    assert cluster.placer.encoding(asked, cluster["d1"], cluster["d2"]) == Encoding("lossy")
+
+
+def test_what_a_request_does_not_say_its_deployment_does() -> None:
+    cluster = Cluster("lossy", "other")
+    placer = Placer(cluster.pool, Wish("lossy"))
+    assert placer.encoding(request(*PROMPT), cluster["p1"], cluster["d1"]) == Encoding("lossy")
+    assert placer.encoding(request(*PROMPT, codec="other"), cluster["p1"], cluster["d1"]) == Encoding("other")
+    strict = Placer(cluster.pool, Wish("lossy", 0.01))
+    assert strict.encoding(request(*PROMPT), cluster["p1"], cluster["d1"]) == RAW_ENCODING
+
+
+def test_offers_that_nobody_can_read_are_none(cluster: Cluster) -> None:
+    info = pb.WorkerInfo(worker="d1", offers=[pb.CodecOffer(codec="raw"), pb.CodecOffer(codec="raw")])
+    cluster.pool.adopt(pb.WorkerTable(term=1, workers=[info]))
+    assert cluster["d1"].offers == {}

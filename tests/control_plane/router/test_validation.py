@@ -119,6 +119,10 @@ BAD_FIELDS: list[tuple[dict[str, Any], int, str]] = [
     ({"triptych": {"codec": "zip"}}, 400, "triptych.codec"),
     ({"triptych": {"codec": 1}}, 400, "triptych.codec"),
     ({"triptych": {"codec": ["raw"]}}, 400, "triptych.codec"),
+    ({"triptych": {"kl_budget": -0.001}}, 400, "triptych.kl_budget"),
+    ({"triptych": {"kl_budget": 1.001}}, 400, "triptych.kl_budget"),
+    ({"triptych": {"kl_budget": "0.01"}}, 400, "triptych.kl_budget"),
+    ({"triptych": {"kl_budget": True}}, 400, "triptych.kl_budget"),
     ({"triptych": {"deadline_ms": 0}}, 400, "triptych.deadline_ms"),
     ({"triptych": {"deadline_ms": 600_001}}, 400, "triptych.deadline_ms"),
     ({"triptych": {"deadline_ms": 1.5}}, 400, "triptych.deadline_ms"),
@@ -577,6 +581,16 @@ async def test_an_unknown_model_is_not_found_and_none_is_the_only_one() -> None:
 async def test_a_codec_is_carried_only_if_it_is_one_of_ours() -> None:
     request = await make_validator().validate({"prompt": [1], "triptych": {"codec": "raw", "deadline_ms": 9}})
     assert (request.codec, request.deadline_ms) == ("raw", 9)
+
+
+async def test_a_budget_is_a_number_of_nats_or_nothing_said() -> None:
+    validator = make_validator()
+    for said, budget in ((0, 0.0), (0.003, 0.003), (1, 1.0), (None, None)):
+        request = await validator.validate({"prompt": [1], "triptych": {"kl_budget": said}})
+        assert (request.kl_budget, request.codec) == (budget, "")
+    with pytest.raises(InvalidArgument) as caught:
+        await validator.validate({"prompt": [1], "triptych": {"kl_budget": 2}})
+    assert caught.value.message == "triptych.kl_budget: must be a number in [0, 1]"
 
 
 anything = st.recursive(

@@ -12,9 +12,12 @@ from control_plane.wire import session_pb2 as pb
 from control_plane.wire.translate import (
     choice_attempts_from_wire_untrusted,
     choices_from_wire_untrusted,
+    encoding_from_wire_untrusted,
     first_token_from_wire_untrusted,
     logprobs_from_wire_untrusted,
     logprobs_to_wire,
+    offers_from_wire_untrusted,
+    offers_to_wire,
     report_to_wire,
     sampling_from_wire_untrusted,
     sampling_to_wire,
@@ -27,6 +30,8 @@ from engine.base.errors import FrameError
 from engine.commands import SampledToken
 from engine.types import Constraint, ConstraintKind, FinishReason, SamplingParams, TokenLogprobs
 from kv_transfer import reports
+from kv_transfer.codecs import RAW_ENCODING, Encoding
+from kv_transfer.offers import LevelCost, Offer
 
 VOCAB_SIZE = 100
 ALL_FIELDS = SamplingParams(
@@ -188,7 +193,10 @@ def test_tokens_of_a_step_survive(scores: tuple[TokenLogprobs | None, ...]) -> N
     ]
     message = tokens_to_wire(tokens)
     assert len(message.logprobs) == (0 if scores == (None, None) else 2)
-    assert tokens_from_wire_untrusted(message) == tokens
+    assert tokens_from_wire_untrusted(message) == [
+        (request, attempt, token.position, token.token_id, token.finish, token.logprobs)
+        for request, attempt, token in tokens
+    ]
 
 
 @pytest.mark.parametrize(
@@ -232,3 +240,55 @@ def test_near_turn_and_scores() -> None:
 def test_scores_that_are_missing_are_refused(logprobs: list[pb.TokenLogprobs]) -> None:
     with pytest.raises(FrameError, match="logprobs"):
         scores_from_wire_untrusted(pb.PromptScored(start=1, logprobs=logprobs))
+
+
+# -- encodings ---------------------------------------------------------------------------------------------------------
+OFFERS = (
+    Offer("raw", costs=(LevelCost(0, 16.0, 0.0),)),
+    Offer("transform", 0xFFFF_FFFF, 2, (LevelCost(2, 3.0, 0.002), LevelCost(7, 1.875, 0.0125))),
+)
+
+
+def test_offers_come_through() -> None:
+    assert offers_from_wire_untrusted(offers_to_wire(OFFERS)) == {offer.codec: offer for offer in OFFERS}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"codec": "raw"},  # twice
+        {"codec": ""},
+        {"codec": "Transform"},
+        {"codec": "a" * 17},
+        {"level": 1 << 16},
+        {"costs": [pb.LevelCost(level=1 << 16, bits_per_element=1.0)]},
+        {"costs": [pb.LevelCost(bits_per_element=0.0)]},
+        {"costs": [pb.LevelCost(bits_per_element=math.inf)]},
+        {"costs": [pb.LevelCost(bits_per_element=math.nan)]},
+        {"costs": [pb.LevelCost(bits_per_element=1.0, kl=-0.001)]},
+        {"costs": [pb.LevelCost(bits_per_element=1.0, kl=math.inf)]},
+        {"costs": [pb.LevelCost(bits_per_element=1.0, kl=math.nan)]},
+        {"costs": [pb.LevelCost(bits_per_element=1.0)] * (limits.CODEC_LEVELS_MAX + 1)},
+    ],
+)
+def test_an_offer_that_cannot_be_is_refused(change: dict[str, Any]) -> None:
+    offer = {"codec": "transform", "costs": [pb.LevelCost(level=1, bits_per_element=2.0, kl=0.1)]} | change
+    with pytest.raises(FrameError, match=r"offers|codec"):
+        offers_from_wire_untrusted([pb.CodecOffer(codec="raw"), pb.CodecOffer(**offer)])
+
+
+def test_offers_are_no_more_than_their_limit() -> None:
+    offers = [pb.CodecOffer(codec=f"c{number}") for number in range(limits.CODEC_OFFERS_MAX + 1)]
+    assert len(offers_from_wire_untrusted(offers[1:])) == limits.CODEC_OFFERS_MAX
+    with pytest.raises(FrameError, match="offers"):
+        offers_from_wire_untrusted(offers)
+
+
+@pytest.mark.parametrize("kind", [pb.Reserve, pb.Bind])
+def test_an_encoding_is_one_that_a_frame_can_name(kind: type[pb.Reserve | pb.Bind]) -> None:
+    assert encoding_from_wire_untrusted(kind()) == RAW_ENCODING
+    encoding = Encoding("transform", 7, 0x1A2B)
+    assert encoding_from_wire_untrusted(kind(codec="transform", level=7, tables=0x1A2B)) == encoding
+    for wrong in ({"codec": "int8/0"}, {"codec": "int8", "level": 1 << 16}):
+        with pytest.raises(FrameError, match="codec"):
+            encoding_from_wire_untrusted(kind(**wrong))  # type: ignore[arg-type]
