@@ -13,16 +13,18 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench import engine_speed, overlap, quiet_engine, router_cost, stream_cost
+from bench import engine_speed, overlap, quality, quiet_engine, router_cost, stream_cost, wire
 from bench.figures import Figure, save
 from bench.readme import README, refreshed
 
 BENCHES: dict[str, Callable[[], Coroutine[Any, Any, list[Figure]]]] = {
     "engine_speed": engine_speed.measure,
     "overlap": overlap.measure,
+    "quality": quality.measured,
     "quiet_engine": quiet_engine.measure,
     "router_cost": router_cost.measure,
     "stream_cost": stream_cost.measure,
+    "wire": wire.measured,
 }
 
 

@@ -2,13 +2,24 @@
 
 import subprocess
 import sys
+from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
-from control_plane.options import ControllerOptions, Dtype, EngineOptions, LogLevel, RouterOptions, WorkerOptions
+from control_plane.options import (
+    ControllerOptions,
+    Dtype,
+    EngineOptions,
+    ExecutorKind,
+    LogLevel,
+    RouterOptions,
+    WorkerOptions,
+)
+from deploy.local import engine_arguments
 from deploy.options import ServeOptions
 from engine.types import Role
 from triptych import cli
@@ -108,6 +119,34 @@ def test_a_command_hands_its_options_over_and_ends_with_the_status_it_gets(
     monkeypatch.setitem(sys.modules, module, stand_in)  # type: ignore[arg-type]
     status, _ = main(capsys, monkeypatch, *arguments)
     assert (given, status) == ([expected], 7)
+
+
+def test_a_launchers_flags_give_a_child_the_very_options(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = EngineOptions(
+        model="oracle",
+        executor=ExecutorKind.PACED,
+        dtype=Dtype.FLOAT32,
+        block_size=8,
+        max_model_len=512,
+        kv_cache_mib=7,
+        codec="auto",
+        kl_budget=0.003,
+        profile=Path("some") / "profile.safetensors",
+        layers_per_group=2,
+        step_tokens=64,
+        batching="prepacking",
+        tbt_slo_ms=20.5,
+        prefix_cache=False,
+    )
+    unchanged = {name for name, value in asdict(EngineOptions()).items() if asdict(engine)[name] == value}
+    assert unchanged == {"device"}, "it goes with the torch executor only"
+    given: list[RouterOptions] = []
+    stand_in = SimpleNamespace(main=lambda options: given.append(options) or 0)
+    monkeypatch.setitem(sys.modules, "control_plane.router.server", stand_in)  # type: ignore[arg-type]
+    main(capsys, monkeypatch, "router", "--controller", "h:1", *engine_arguments(engine))
+    assert [options.engine for options in given] == [engine]
 
 
 def test_help_loads_nothing_heavy() -> None:
