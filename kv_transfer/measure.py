@@ -38,7 +38,7 @@ class Received:
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Megabytes of raw KV in the stream's dtype per second of CPU time, on one thread."""
+    """Megabytes of raw KV in the stream's dtype per second of CPU time, whatever threads it was spent on."""
 
     encode_mb_s: float
     decode_mb_s: float
@@ -85,10 +85,10 @@ def cut(stream: Stream, kv_LHPTD: Floats) -> Iterator[Atom]:
 
 
 def _best_s(work: Callable[[], None]) -> float:
-    """CPU time of this thread: what the others do, or a codec's own threads, does not count."""
+    """CPU time of the process: other programs do not count, a matrix product's own threads do."""
     times_s = []
     for _ in range(_REPEATS):
-        start_s = time.thread_time()
+        start_s = time.process_time()
         work()
-        times_s.append(time.thread_time() - start_s)
+        times_s.append(time.process_time() - start_s)
     return max(min(times_s), 1e-9)

@@ -19,3 +19,4 @@ check lint "$bin/ruff" check
 check types "$bin/mypy"
 check floors "$bin/lint-imports" --no-logo
 check generated "$bin/python" scripts/proto.py --check
+check methods "$bin/python" scripts/methods.py --check

@@ -134,7 +134,7 @@ def main() -> None:
     if not parser.parse_args().check:
         METHODS.write_text(fresh)
     elif not METHODS.exists() or METHODS.read_text() != fresh:
-        sys.exit("METHODS.md is not current: run scripts/methods.py")
+        sys.exit("METHODS.md is not current: run `make generate`.")
 
 
 if __name__ == "__main__":

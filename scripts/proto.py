@@ -64,7 +64,7 @@ def main() -> None:
     for path in changed:
         print(f"{'stale' if check else 'wrote'}: {path}")
     if check and changed:
-        sys.exit("Generated code is not current: run `make proto`.")
+        sys.exit("Generated code is not current: run `make generate`.")
 
 
 if __name__ == "__main__":

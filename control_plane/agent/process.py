@@ -4,7 +4,7 @@
     engine thread   sole owner of the allocator and of torch; pinned to this worker's cores
     codec threads   GIL-free calls only; like the loop, they float over all other cores
 
-The model is loaded and checked before the worker registers: who is registered can take commands.
+The model is loaded and checked, and codecs are warm, before the worker registers: who is registered can take commands.
 """
 
 import asyncio
@@ -41,7 +41,9 @@ from engine.step_time import load as load_step_time
 from engine.thread import EngineThread
 from engine.types import Role
 from kv_transfer.codecs import CodecSet
+from kv_transfer.offers import AUTO
 from kv_transfer.transports.grpc import GrpcTransport
+from kv_transfer.warm_up import warm_up
 
 log = logging.getLogger("triptych.worker")
 
@@ -108,6 +110,8 @@ class _Worker:
             # The system gives pages on first touch, at a third of a memory's speed: not in the middle of a transfer.
             self._arena.zero(range(self._arena.columns))
             executor = _executor(self._options, self._model, self._arena)
+            for name in _likely_codecs(engine, self._codecs):
+                warm_up(self._codecs, name)
             exempt_from_collection()
             loop.call_soon_threadsafe(self._loaded.set)
             return executor
@@ -260,6 +264,11 @@ def _step_time(options: WorkerOptions, model: ModelChoice) -> StepTimeModel | No
         threads=options.threads,
     )
     return load_step_time(setting)
+
+
+def _likely_codecs(options: EngineOptions, codecs: CodecSet) -> tuple[str, ...]:
+    """Those that requests get which name none. One that a request names is loaded when it does."""
+    return tuple(name for name in codecs.names() if options.codec in (name, AUTO))
 
 
 def _executor(options: WorkerOptions, model: ModelChoice, arena: Arena) -> Executor:

@@ -1,6 +1,6 @@
 """What `cachegen` knows about a model: made from calibration texts, kept in a profile, expanded for its kernels.
 
-Every (layer, part, loudness, channel) has a distribution of its own for every level: 23,040 times twelve for
+Every (layer, part, loudness, channel) has a distribution of its own for every level: 23,040 times eight for
 SmolLM2-135M. Few of them are really different once they are centred. So a channel has, for all levels, a *mean* (in
 units of the row's scale) and one of 16 *classes*, found by clustering (k-means in coding cost) at one middle level. At
 a level, the mean falls a whole number of steps from 0 (what is coded is the distance from there) and a rest, which
@@ -31,25 +31,21 @@ from engine.kv.schema import Stream
 from kv_transfer.calibration import Calibration, Window
 from kv_transfer.codecs import cachegen_kernels, rans
 from kv_transfer.codecs.cachegen_kernels import SCALE_CODE_MIN, SCALE_SHIFT, SCALE_SYMBOLS, Level, Scales
+from kv_transfer.codecs.row_coded import RAW_TOKENS
 from kv_transfer.profile import Tables
 
 BINS: Final = {
     255: (255, 128),
-    160: (160, 64),
     112: (112, 44),
-    80: (80, 32),
     64: (64, 24),
-    48: (48, 20),
     40: (40, 18),
     32: (32, 16),
     28: (28, 14),
     24: (24, 12),
-    20: (20, 10),
     16: (16, 8),
 }
 """Level -> bins of K and of V, least lossy first. As in CacheGen, b bins are the numbers 1 - b // 2 .. b // 2 - 1."""
 
-RAW_TOKENS: Final = 4
 _PARTS: Final = 2
 _CLASSES: Final = 16
 _PHASES: Final = 4

@@ -3,6 +3,8 @@
 numpy has no bfloat16. It is the upper half of a float32, so widening is a shift, and narrowing is rounding to nearest,
 ties to even, as torch and the hardware do.
 
+Compiled kernels see *numbers*: a bfloat16 as its 16 bits, which they widen themselves, others as the bits of a float32.
+
 Legend: X bytes of one token's head, D numbers in it (X = D * item bytes). Leading dimensions are kept as they are.
 """
 
@@ -15,6 +17,7 @@ from engine.kv.arena import Bytes
 
 Floats = npt.NDArray[np.float32]
 Bits = npt.NDArray[Any]  # unsigned integers as wide as the dtype
+Numbers = npt.NDArray[Any]  # uint16 that holds bfloat16, or uint32 that holds float32
 
 _BITS: Final = {"bfloat16": np.uint16, "float16": np.uint16, "float32": np.uint32}
 _INFINITY: Final = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F80_0000}
@@ -72,6 +75,34 @@ def magnitudes(bits: Bits, dtype: str) -> Floats:
     return to_float32(np.ascontiguousarray(bits).view(np.uint8), dtype)
 
 
+def all_finite(bytes_X: Bytes, dtype: str) -> bool:
+    return bool((magnitude_bits(bytes_X, dtype) < _INFINITY[dtype]).all())
+
+
+# -- numbers: of one type each whatever the caller has, because numba compiles a kernel for each type that it sees -----
+def number_shift(dtype: str) -> int:
+    """How many of a float32's lowest bits a number lacks as kernels see it: a float16 is widened for them."""
+    return 16 if dtype == "bfloat16" else 0
+
+
+def to_numbers(bytes_X: Bytes, dtype: str) -> Numbers:
+    """Read-only, and a view if it can be one."""
+    bits = bytes_X.view(np.uint16) if dtype == "bfloat16" else to_float32(bytes_X, dtype).view(np.uint32)
+    numbers_D = np.require(bits, requirements=["C", "A"]).view()
+    numbers_D.flags.writeable = False
+    return numbers_D
+
+
+def zero_numbers(shape: tuple[int, ...], dtype: str) -> Numbers:
+    return np.zeros(shape, np.uint16 if dtype == "bfloat16" else np.uint32)
+
+
+def from_numbers(numbers_D: Numbers, dtype: str) -> Bytes:
+    """A view if it can be one."""
+    return numbers_D.view(np.uint8) if dtype == "bfloat16" else from_float32(numbers_D.view(np.float32), dtype)
+
+
+# -- rounding ----------------------------------------------------------------------------------------------------------
 def _round_to_bfloat16(values_D: Floats) -> Bits:
     bits_D = np.ascontiguousarray(values_D).view(np.uint32)
     rounded_D = bits_D >> 16

@@ -37,7 +37,7 @@ from engine.base.errors import FrameError
 from engine.base.jit import Kernel
 from engine.kv.arena import Bytes
 from kv_transfer.codecs import Atom, AtomShape, Payload, Unencodable, elements, grouped_kernels
-from kv_transfer.codecs.grouped_kernels import GROUP_TOKENS, SMALLEST_STEP, Codes, Stored
+from kv_transfer.codecs.grouped_kernels import GROUP_TOKENS, SMALLEST_STEP, Codes
 
 SINK_TOKENS: Final = 4
 """Positions at the start of a sequence that queries attend to whatever they hold: attention sinks."""
@@ -70,6 +70,11 @@ class Layout:
     def raw_NPSX(self) -> tuple[int, int, int, int]:
         layers, heads, parts, _, head_bytes = self.shape.LHPTX
         return layers * heads, parts, self.first, head_bytes
+
+    @property
+    def numbers_NPTD(self) -> tuple[int, int, int, int]:
+        planes, parts, _, _ = self.raw_NPSX
+        return planes, parts, self.shape.LHPTX[3], self.shape.stream.head_dim
 
     @property
     def panels(self) -> list[Panel]:
@@ -125,7 +130,7 @@ class Grouped:
         payload_X = np.empty(layout.payload_bytes, np.uint8)
         raw_NPSX, bounds, codes = layout.cut(payload_X)
         raw_NPSX[...] = _planes(atom.bytes_LHPTX)[:, :, : layout.first]
-        numbers_NPTD = _stored(_planes(atom.bytes_LHPTX), dtype)
+        numbers_NPTD = elements.to_numbers(_planes(atom.bytes_LHPTX), dtype)
         for panel, bounds_X, packed_NRD in zip(layout.panels, bounds, codes, strict=True):
             encode = _encoder(panel, dtype)
             bounds_NGBW = np.empty(panel.bounds_NGBW, np.float32)
@@ -139,16 +144,16 @@ class Grouped:
         layout, dtype = self._layout(shape), shape.stream.dtype
         if len(payload) != layout.payload_bytes:
             raise FrameError("length")
-        payload_X = np.frombuffer(payload, np.uint8)
+        payload_X = np.frombuffer(payload.toreadonly(), np.uint8)  # kernels are compiled for what is read-only
         if not _within_limit(payload_X[: layout.numbers_bytes], dtype):
             raise FrameError("payload")
-        raw_NPSX, bounds, codes = layout.cut(_read_only(payload_X))
-        numbers_NPTD = _empty(shape)
+        raw_NPSX, bounds, codes = layout.cut(payload_X)
+        numbers_NPTD = elements.zero_numbers(layout.numbers_NPTD, dtype)
         for panel, bounds_X, packed_NRD in zip(layout.panels, bounds, codes, strict=True):
             decode = _decoder(panel, dtype)
             bounds_NGBW = elements.to_float32(np.ascontiguousarray(bounds_X), dtype)
             decode(bounds_NGBW, packed_NRD, panel.part, layout.first, self.bits, numbers_NPTD)
-        bytes_NPTX = _bytes(numbers_NPTD, dtype)
+        bytes_NPTX = elements.from_numbers(numbers_NPTD, dtype)
         bytes_NPTX[:, :, : layout.first] = raw_NPSX
         return bytes_NPTX.reshape(shape.LHPTX)
 
@@ -168,49 +173,17 @@ class Grouped:
 
 def _encoder(panel: Panel, dtype: str) -> Kernel:
     make = grouped_kernels.channel_encoder if panel.per_channel else grouped_kernels.token_encoder
-    return make(_shift(dtype))
+    return make(elements.number_shift(dtype))
 
 
 def _decoder(panel: Panel, dtype: str) -> Kernel:
     make = grouped_kernels.channel_decoder if panel.per_channel else grouped_kernels.token_decoder
-    return make(_shift(dtype))
-
-
-def _shift(dtype: str) -> int:
-    """How many of a float32's lowest bits a number lacks as kernels see it: float16 is widened for them."""
-    return 16 if dtype == "bfloat16" else 0
-
-
-# -- views: of one type each whatever the caller has, because numba compiles a kernel for each type that it sees -------
-def _stored(bytes_X: Bytes, dtype: str) -> Stored:
-    """Numbers as the encoding kernel reads them."""
-    if dtype == "bfloat16":
-        return _read_only(np.require(bytes_X.view(np.uint16), requirements="A"))
-    return _read_only(elements.to_float32(np.require(bytes_X, requirements="C"), dtype).view(np.uint32))
-
-
-def _empty(shape: AtomShape) -> Stored:
-    """Where the decoding kernel writes. Zeros: raw tokens are not its to write."""
-    layers, heads, parts, tokens, _ = shape.LHPTX
-    kept = np.uint16 if shape.stream.dtype == "bfloat16" else np.uint32
-    return np.zeros((layers * heads, parts, tokens, shape.stream.head_dim), kept)
-
-
-def _bytes(numbers_NPTD: Stored, dtype: str) -> Bytes:
-    if dtype == "bfloat16":
-        return numbers_NPTD.view(np.uint8)
-    return elements.from_float32(numbers_NPTD.view(np.float32), dtype)
+    return make(elements.number_shift(dtype))
 
 
 def _planes(bytes_LHPTX: Bytes) -> Bytes:
     layers, heads, *rest = bytes_LHPTX.shape
     return bytes_LHPTX.reshape(layers * heads, *rest)
-
-
-def _read_only(array: Stored) -> Stored:
-    view = array.view()
-    view.flags.writeable = False
-    return view
 
 
 def _cut(payload_X: Bytes, shapes: Sequence[tuple[int, ...]]) -> list[Bytes]:

@@ -11,8 +11,8 @@ A coefficient becomes a whole number of its row's steps. Its table follows from 
 Coefficients that usually span less than `SKIPPED` are not coded at all. Where one is not as small as usual, its row
 gets smaller steps, until it is coded or small: no error of a coefficient is more than `ERROR_MAX_STEPS`.
 
-Legend: L layers of the model, H kv heads, P parts, T tokens, D head dim, F rotated pairs of a head, C = H * D channels
-of a row, and as many coefficients.
+Legend: i layers of the atom, L of the model, H kv heads, P parts, T tokens, D head dim, F rotated pairs of a head,
+C = H * D channels of a row, and as many coefficients.
 """
 
 from functools import cache
@@ -41,6 +41,7 @@ FAILED: Final = np.uint64(2**64 - 1)
 
 _0, _1 = np.uint64(0), np.uint64(1)
 _EIGHTHS_OF_FINENESS: Final = OCTAVE // 2
+_MAGNITUDE: Final = 0x7FFF_FFFF  # of a float32's bits, all but the sign
 
 
 class Rotation(NamedTuple):
@@ -63,20 +64,20 @@ class Coding(NamedTuple):
 # -- numbers <-> rows --------------------------------------------------------------------------------------------------
 @cache
 def opener(shift: int) -> Kernel:
-    """kernel(numbers_HPTD, rotation, mean_PC, rows_PTC, energy_PTH) -> bits of the largest magnitude.
+    """kernel(numbers_iHPTD, i, start, tokens, rotation, mean_PC, rows_PTC, energy_PTH) -> largest magnitude's bits.
 
     Numbers are bits of float32 without the lowest `shift`. There may be more rows than tokens.
     """
 
-    def kernel(numbers: Any, rotation: Any, mean: Any, rows: Any, energy: Any) -> Any:
-        heads, parts, tokens, head_dim = numbers.shape
+    def kernel(numbers: Any, i: Any, start: Any, tokens: Any, rotation: Any, mean: Any, rows: Any, energy: Any) -> Any:
+        _, heads, parts, _, head_dim = numbers.shape
         worst = np.uint32(0)
         for p in range(parts):
             for t in range(tokens):
                 row_C = rows[p, t]
                 for h in range(heads):
                     row_D = row_C[h * head_dim : (h + 1) * head_dim]
-                    worst = max(worst, _widen(numbers[h, p, t], shift, row_D))
+                    worst = max(worst, _widen(numbers[i, h, p, start + t], shift, row_D))
                     energy[p, t, h] = _energy(row_D)
                     if p == 0:
                         _turn(row_D, rotation.cosines_TF[t], rotation.sines_TF[t], np.float32(-1))
@@ -84,18 +85,21 @@ def opener(shift: int) -> Kernel:
                     row_C[c] -= mean[p, c]
         return worst
 
-    return compiled(kernel)
+    return compiled(kernel, fastmath={"reassoc"})  # else a sum of squares is one long chain of additions
 
 
 @cache
 def closer(shift: int) -> Kernel:
-    """kernel(rows_PTC, rotation, mean_PC, largest, numbers_HPTD): the way back. Rows are written over.
+    """kernel(rows_PTC, rotation, mean_PC, largest, numbers_iHPTD, i, start, tokens): the way back. Rows are written
+    over.
 
     Numbers beyond `largest` become that: what comes out is finite.
     """
 
-    def kernel(rows: Any, rotation: Any, mean: Any, largest: Any, numbers: Any) -> None:
-        heads, parts, tokens, head_dim = numbers.shape
+    def kernel(
+        rows: Any, rotation: Any, mean: Any, largest: Any, numbers: Any, i: Any, start: Any, tokens: Any
+    ) -> None:
+        _, heads, parts, _, head_dim = numbers.shape
         for p in range(parts):
             for t in range(tokens):
                 row_C = rows[p, t]
@@ -105,7 +109,7 @@ def closer(shift: int) -> Kernel:
                     row_D = row_C[h * head_dim : (h + 1) * head_dim]
                     if p == 0:
                         _turn(row_D, rotation.cosines_TF[t], rotation.sines_TF[t], np.float32(1))
-                    numbers_D = numbers[h, p, t]
+                    numbers_D = numbers[i, h, p, start + t]
                     for d in range(head_dim):
                         numbers_D[d] = narrowed(min(max(row_D[d], -largest), largest), shift)
 
@@ -117,7 +121,7 @@ def _widen(numbers_D: Any, shift: Any, row_D: Any) -> Any:
     worst = np.uint32(0)
     for d in range(row_D.shape[0]):
         bits = np.uint32(np.uint32(numbers_D[d]) << shift)
-        worst = max(worst, bits & np.uint32(0x7FFF_FFFF))
+        worst = max(worst, bits & np.uint32(_MAGNITUDE))
         row_D[d] = bits.view(np.float32)
     return worst
 
@@ -126,11 +130,12 @@ def _widen(numbers_D: Any, shift: Any, row_D: Any) -> Any:
 def _turn(row_D: Any, cosines_F: Any, sines_F: Any, direction: Any) -> None:
     """Forwards by the position's angles, or back."""
     pairs = cosines_F.shape[0]
+    left_F, right_F = row_D[:pairs], row_D[pairs : 2 * pairs]
     for f in range(pairs):
-        sine = direction * sines_F[f]
-        left, right = row_D[f], row_D[f + pairs]
-        row_D[f] = left * cosines_F[f] - right * sine
-        row_D[f + pairs] = right * cosines_F[f] + left * sine
+        cosine, sine = cosines_F[f], direction * sines_F[f]
+        left, right = left_F[f], right_F[f]
+        left_F[f] = left * cosine - right * sine
+        right_F[f] = right * cosine + left * sine
 
 
 @inlined
@@ -144,19 +149,22 @@ def _energy(row_D: Any) -> Any:
 # -- coefficients <-> words --------------------------------------------------------------------------------------------
 @cache
 def encoder() -> Kernel:
-    """kernel(coefficients_PTC, fineness_PT, layer, coding, states, words, cursor) -> cursor | FAILED."""
+    """kernel(coefficients_PTC, fineness_PT, tokens, layer, coding, states, words, cursor) -> cursor | FAILED."""
 
-    def kernel(coefficients: Any, fineness: Any, layer: Any, coding: Any, states: Any, words: Any, cursor: Any) -> Any:
-        parts, tokens = fineness.shape
-        deviation_PC = coding.deviation_LPC[layer]
-        numbers_C = np.empty(coefficients.shape[2], np.int32)
+    def kernel(
+        coefficients: Any, fineness: Any, tokens: Any, layer: Any, coding: Any, states: Any, words: Any, cursor: Any
+    ) -> Any:
+        parts, _, channels = coefficients.shape
+        numbers_C, class_C = np.empty(channels, np.int32), np.empty(channels, np.int8)
         for p in range(parts - 1, -1, -1):
+            deviation_C = coding.deviation_LPC[layer, p]
             for t in range(tokens - 1, -1, -1):
-                fine = _fine_enough(coefficients[p, t], deviation_PC[p], coding, np.int64(fineness[p, t]))
-                if fine > FINENESS_MAX or not _quantise(coefficients[p, t], coding, fine, numbers_C):
+                row_C = coefficients[p, t]
+                fine = _fine_enough(row_C, deviation_C, coding, np.int64(fineness[p, t]))
+                if fine > FINENESS_MAX or not _quantise(row_C, _step(coding, fine), numbers_C):
                     return FAILED
-                eighths = coding.step_eighths - fine * _EIGHTHS_OF_FINENESS
-                cursor = _put_row(numbers_C, deviation_PC[p], eighths, coding, states, words, cursor)
+                _classify(deviation_C, _eighths(coding, fine), class_C)
+                cursor = _put_row(numbers_C, class_C, coding.tables, states, words, cursor)
                 symbol = fine + FINENESS_MAX
                 cursor = put(states, 0, words, cursor, coding.fineness_tables, layer * parts + p, symbol)
         return cursor
@@ -175,16 +183,16 @@ def decoder() -> Kernel:
         coefficients: Any, tokens: Any, layer: Any, coding: Any, states: Any, words: Any, cursor: Any, end: Any
     ) -> Any:
         parts, _, channels = coefficients.shape
-        numbers_C = np.empty(channels, np.int32)
+        numbers_C, class_C = np.empty(channels, np.int32), np.empty(channels, np.int8)
         for p in range(parts):
             for t in range(tokens):
                 symbol, cursor = get(states, 0, words, cursor, coding.fineness_tables, layer * parts + p)
                 fine = np.int64(symbol) - FINENESS_MAX
-                eighths = coding.step_eighths - fine * _EIGHTHS_OF_FINENESS
-                cursor = _get_row(numbers_C, coding.deviation_LPC[layer, p], eighths, coding, states, words, cursor)
+                _classify(coding.deviation_LPC[layer, p], _eighths(coding, fine), class_C)
+                cursor = _get_row(numbers_C, class_C, coding.tables, states, words, cursor)
                 if np.int64(cursor) > end:
                     return FAILED
-                _restore(numbers_C, coding, fine, coefficients[p, t])
+                _restore(numbers_C, _step(coding, fine), coefficients[p, t])
         return cursor
 
     return compiled(kernel)
@@ -196,72 +204,81 @@ def _step(coding: Any, fine: Any) -> Any:
 
 
 @inlined
+def _eighths(coding: Any, fine: Any) -> Any:
+    return np.int32(coding.step_eighths - fine * _EIGHTHS_OF_FINENESS)
+
+
+@inlined
+def _magnitude(number: Any) -> Any:
+    """Its bits: ordered as the magnitudes are, NaN last. A maximum of integers is SIMD lanes, one of floats is not."""
+    return np.float32(number).view(np.int32) & np.int32(_MAGNITUDE)
+
+
+@inlined
 def _fine_enough(row_C: Any, deviation_C: Any, coding: Any, fine: Any) -> Any:
     """The coarsest fineness, from this one on, that skips nothing large."""
     skips_large = True
     while skips_large and fine <= FINENESS_MAX:
-        eighths = coding.step_eighths - fine * _EIGHTHS_OF_FINENESS
-        largest, skipped = np.float32(0), np.int16(eighths + SKIPPED)
+        largest, skipped = np.int32(0), np.int32(_eighths(coding, fine) + SKIPPED)
         for c in range(row_C.shape[0]):
-            largest = max(largest, abs(row_C[c]) if deviation_C[c] < skipped else np.float32(0))
-        skips_large = largest > np.float32(ERROR_MAX_STEPS) * _step(coding, fine)
+            largest = max(largest, _magnitude(row_C[c]) if deviation_C[c] < skipped else np.int32(0))
+        skips_large = largest > _magnitude(np.float32(ERROR_MAX_STEPS) * _step(coding, fine))
         fine += skips_large
     return fine
 
 
 @inlined
-def _quantise(row_C: Any, coding: Any, fine: Any, numbers_C: Any) -> Any:
+def _quantise(row_C: Any, step: Any, numbers_C: Any) -> Any:
     """Whether every number fits a word."""
-    inverse, worst = np.float32(1) / _step(coding, fine), np.float32(0)
+    inverse, worst = np.float32(1) / step, np.int32(0)
     for c in range(row_C.shape[0]):
-        magnitude = abs(row_C[c]) * inverse + np.float32(0.5)
-        worst = max(worst, magnitude)
-        number = np.int32(min(magnitude, np.float32(WORD_MAX)))
+        steps = abs(row_C[c]) * inverse + np.float32(0.5)
+        worst = max(worst, _magnitude(steps))
+        number = np.int32(min(steps, np.float32(WORD_MAX)))
         numbers_C[c] = -number if row_C[c] < 0 else number
-    return worst < np.float32(WORD_MAX)
+    return worst < _magnitude(WORD_MAX)
 
 
 @inlined
-def _restore(numbers_C: Any, coding: Any, fine: Any, row_C: Any) -> None:
-    step = _step(coding, fine)
+def _restore(numbers_C: Any, step: Any, row_C: Any) -> None:
     for c in range(row_C.shape[0]):
         row_C[c] = np.float32(numbers_C[c]) * step
 
 
 @inlined
-def _class(deviation: Any, eighths: Any) -> Any:
-    """The spread class, from 0; below 0, the coefficient is skipped."""
-    spread = np.int64(deviation) - eighths - SKIPPED
-    return min(spread >> 1, CLASSES - 1)
+def _classify(deviation_C: Any, eighths: Any, class_C: Any) -> None:
+    """Spread classes, from 0; where below, the coefficient is skipped."""
+    skipped = np.int32(eighths + SKIPPED)
+    for c in range(class_C.shape[0]):
+        spread = np.int32(np.int32(deviation_C[c]) - skipped)
+        class_C[c] = min(max(spread >> 1, -1), CLASSES - 1)
 
 
 @inlined
-def _put_row(numbers_C: Any, deviation_C: Any, eighths: Any, coding: Any, states: Any, words: Any, cursor: Any) -> Any:
+def _put_row(numbers_C: Any, class_C: Any, tables: Any, states: Any, words: Any, cursor: Any) -> Any:
     c = np.uint64(numbers_C.shape[0])
     while c > _0:
         c -= _1
-        table = _class(deviation_C[c], eighths)
-        if table >= 0:
-            number = np.int64(numbers_C[c])
-            symbol = number + NUMBER_MAX
+        if class_C[c] >= 0:
+            symbol = np.int64(numbers_C[c]) + NUMBER_MAX
             if symbol < 0 or symbol >= ESCAPE:
                 cursor -= _1
-                words[cursor] = np.uint16(number + (WORD_MAX + 1))
+                words[cursor] = np.uint16(numbers_C[c] + (WORD_MAX + 1))
                 symbol = np.int64(ESCAPE)
-            cursor = put(states, c & np.uint64(LANES - 1), words, cursor, coding.tables, table, symbol)
+            cursor = put(states, c & np.uint64(LANES - 1), words, cursor, tables, class_C[c], symbol)
     return cursor
 
 
 @inlined
-def _get_row(numbers_C: Any, deviation_C: Any, eighths: Any, coding: Any, states: Any, words: Any, cursor: Any) -> Any:
+def _get_row(numbers_C: Any, class_C: Any, tables: Any, states: Any, words: Any, cursor: Any) -> Any:
     c, channels = _0, np.uint64(numbers_C.shape[0])
     while c < channels:
-        table, number = _class(deviation_C[c], eighths), np.int64(0)
-        if table >= 0:
-            symbol, cursor = get(states, c & np.uint64(LANES - 1), words, cursor, coding.tables, table)
-            number = np.int64(symbol) - NUMBER_MAX
+        number = np.int32(0)
+        if class_C[c] >= 0:
+            symbol, cursor = get(states, c & np.uint64(LANES - 1), words, cursor, tables, class_C[c])
+            number = np.int32(symbol) - NUMBER_MAX
             if symbol == ESCAPE:
-                number = np.int64(words[cursor]) - (WORD_MAX + 1)
+                number = np.int32(words[cursor]) - (WORD_MAX + 1)
                 cursor += _1
         numbers_C[c] = number
         c += _1

@@ -38,6 +38,7 @@ from engine.base.errors import InvalidArgument
 from engine.kv.schema import Stream
 from kv_transfer.calibration import Calibration, Floats, Window
 from kv_transfer.codecs import rans
+from kv_transfer.codecs.row_coded import RAW_TOKENS
 from kv_transfer.codecs.transform_kernels import (
     CLASSES,
     ESCAPE,
@@ -52,13 +53,15 @@ from kv_transfer.codecs.transform_kernels import (
 )
 from kv_transfer.profile import Array, Tables
 
-RAW_TOKENS: Final = 4
-LEVELS: Final = tuple(range(16))
+LEVELS: Final = tuple(range(12))
 """Least lossy first. Each is a quarter of an octave coarser than the one before."""
+
+LARGEST: Final = 2.0**48
+"""Numbers beyond are not coded: whatever is computed from the others is finite."""
 
 _PARTS: Final = 2
 _KEYS, _VALUES = 0, 1
-_FINEST: Final = 2.0**-4.5  # step of level 0, in units of `_unit`
+_FINEST: Final = 2.0**-2.5  # step of level 0, in units of `_unit`
 _STEPS_OF_OCTAVE: Final = 4
 _KL_UNIT: Final = 0.01  # nats that `_unit` would cost if every coefficient were a few steps wide
 _TRUST: Final = 0.7  # power of the predicted importance that steps follow
@@ -67,8 +70,12 @@ _LOG_FLOOR: Final = 1e-3  # of the mean: below, how unimportant a token is does 
 _ENERGY_FLOOR: Final = 1e-6
 _RIDGE: Final = 0.5  # per row: features are standardised
 _FLOOR: Final = 0.05  # of the mean importance of directions: what texts did not show may still matter
-_COUNTED_LEVELS: Final = (3, 7, 11)  # whose numbers make the tables: every spread class occurs
+_COUNTED_EVERY: Final = 4  # rows: all layers make the tables together, so a share of each is plenty
+_COUNTED_LEVELS: Final = (1, 5, 9)  # whose numbers make the tables: most spread classes occur
+_EXPECTED: Final = 4096.0  # numbers that every spread class is taken to have shown, whatever texts did
 _FRACTION_MAX: Final = 127
+_UNIT_MAX: Final = 2.0**20
+_GAIN_MAX: Final = 2.0**76  # of rows up to `LARGEST` and of coefficients up to any number of steps
 
 
 def step_of(level: int, unit: float) -> float:
@@ -123,10 +130,10 @@ def expand(tables: Tables, stream: Stream) -> Model:
     try:
         arrays = tables.arrays
         _check(arrays, stream)
-        basis_LPCC = _basis(arrays["basis_LPCC"], arrays["scale_LPC"])
-        inverse_LPCC = np.linalg.inv(basis_LPCC.astype(np.float64)).astype(np.float32)
-        if not np.isfinite(inverse_LPCC).all():
-            raise ValueError("a basis that has no inverse")
+        unit = float(tables.settings["unit"])
+        if not 1 / _UNIT_MAX < unit < _UNIT_MAX:
+            raise ValueError(f"unit is {unit}")
+        basis_LPCC, inverse_LPCC = _matrices(arrays["basis_LPCC"], arrays["scale_LPC"])
         frequencies_GF, group_L = np.unique(arrays["frequencies_LF"].astype(np.float64), axis=0, return_inverse=True)
         return Model(
             mean_LPC=arrays["mean_LPC"].astype(np.float32),
@@ -135,15 +142,26 @@ def expand(tables: Tables, stream: Stream) -> Model:
             importance_LPX=arrays["importance_LPX"].astype(np.float32),
             frequencies_GF=frequencies_GF,
             group_L=group_L.reshape(-1),
-            codings=tuple(_codings(arrays, float(tables.settings["unit"]))),
-            gain=2 * float(np.abs(inverse_LPCC).sum(2).max()),  # a rotation adds two channels
+            codings=tuple(_codings(arrays, unit)),
+            gain=2 * _gain(inverse_LPCC),  # a rotation adds two channels
         )
-    except (KeyError, ValueError, np.linalg.LinAlgError) as error:
+    except (KeyError, TypeError, ValueError, np.linalg.LinAlgError) as error:
         raise InvalidArgument(f"tables of transform: {error}", field="profile") from error
 
 
-def _basis(fractions_LPCC: Array, scale_LPC: Array) -> Floats:
-    return fractions_LPCC.astype(np.float32) * scale_LPC[:, :, None, :]
+def _matrices(fractions_LPCC: Array, scale_LPC: Array) -> tuple[Floats, Floats]:
+    """(basis, inverse)."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        basis_LPCC = fractions_LPCC.astype(np.float32) * scale_LPC[:, :, None, :]
+        inverse_LPCC = np.linalg.inv(basis_LPCC.astype(np.float64)).astype(np.float32)
+        if not max(_gain(basis_LPCC), _gain(inverse_LPCC)) < _GAIN_MAX:  # nor is NaN
+            raise ValueError("a basis that has no inverse in float32")
+    return basis_LPCC, inverse_LPCC
+
+
+def _gain(matrix_LPCC: Floats) -> float:
+    """No number that comes out is more than this times the largest that goes in."""
+    return float(np.abs(matrix_LPCC).sum(2, dtype=np.float64).max())
 
 
 def _codings(arrays: Any, unit: float) -> Iterator[Coding]:
@@ -175,9 +193,10 @@ def _check(arrays: Any, stream: Stream) -> None:
     for name, (shape, dtype) in expected.items():
         if arrays[name].shape != shape or arrays[name].dtype != dtype:
             raise ValueError(f"{name} is {arrays[name].dtype}{list(arrays[name].shape)}, not {list(shape)}")
-    pairs = arrays["frequencies_LF"].shape[-1]
-    if arrays["frequencies_LF"].shape != (layers, pairs) or 2 * pairs > stream.head_dim:
-        raise ValueError(f"frequencies_LF is {list(arrays['frequencies_LF'].shape)}")
+    frequencies_LF = arrays["frequencies_LF"]
+    half_heads = [(layers, pairs) for pairs in range(stream.head_dim // 2 + 1)]
+    if frequencies_LF.shape not in half_heads or frequencies_LF.dtype != np.float32:
+        raise ValueError(f"frequencies_LF is {frequencies_LF.dtype}{list(frequencies_LF.shape)}")
     for name in ("mean_LPC", "scale_LPC", "importance_LPX", "frequencies_LF"):
         if not np.isfinite(arrays[name]).all():
             raise ValueError(f"{name} is not finite")
@@ -209,9 +228,11 @@ def calibrate(calibration: Calibration) -> Tables:
     if not windows:
         raise InvalidArgument(f"transform: no text is longer than {RAW_TOKENS} tokens", field="texts")
     frequencies_LF = calibration.rope.frequencies_LF
+    if not all(np.isfinite(window.gradients_LHPTD).all() for window in windows):
+        raise InvalidArgument("transform: a gradient is infinite or not a number", field="texts")
     unit = _unit(stream, windows)
     fitted = [_fit(_layer(windows, frequencies_LF, layer), unit) for layer in range(stream.layers)]
-    counts_KS = np.sum([layer.pop("counts_KS") for layer in fitted], axis=0)
+    counts_KS = np.sum([layer.pop("counts_KS") for layer in fitted], axis=0) + _EXPECTED * _expected()
     arrays = {name: np.stack([layer[name] for layer in fitted]) for name in fitted[0]}
     fineness_LPS = arrays.pop("fineness_LPS")
     arrays["fineness_KS"] = _frequencies(fineness_LPS.reshape(-1, FINENESS_SYMBOLS))
@@ -312,12 +333,13 @@ def _fit_part(
     fractions_CC, scale_C = _stored(root_CC @ axes_CC[:, ::-1].astype(np.float32))
     coefficients_NC = rows_NC @ (fractions_CC.astype(np.float32) * scale_C)
     deviation_C = _deviations(coefficients_NC, weight_N)
+    few = slice(None, None, _COUNTED_EVERY)
     return {
         "basis_LPCC": fractions_CC,
         "scale_LPC": scale_C,
         "deviation_LPC": deviation_C,
         "fineness_LPS": np.bincount(fineness_N + FINENESS_MAX, weight_N, FINENESS_SYMBOLS),
-        "counts_KS": _counts(coefficients_NC, fineness_N, deviation_C, weight_N, unit),
+        "counts_KS": _counts(coefficients_NC[few], fineness_N[few], weight_N[few], deviation_C, unit),
     }
 
 
@@ -341,7 +363,7 @@ def _deviations(coefficients_NC: Floats, weight_N: Array) -> npt.NDArray[np.int1
 
 
 def _counts(
-    coefficients_NC: Floats, fineness_N: npt.NDArray[np.int8], deviation_C: Array, weight_N: Array, unit: float
+    coefficients_NC: Floats, fineness_N: npt.NDArray[np.int8], weight_N: Array, deviation_C: Array, unit: float
 ) -> npt.NDArray[np.float64]:
     """How often each number occurs in each spread class, at a few levels."""
     counts_KS = np.zeros(CLASSES * SYMBOLS)
@@ -357,3 +379,13 @@ def _counts(
         weights_NC = np.broadcast_to(weight_N[:, None], coded_NC.shape)
         counts_KS += np.bincount(places, weights_NC[coded_NC], CLASSES * SYMBOLS)
     return counts_KS.reshape(CLASSES, SYMBOLS)
+
+
+def _expected() -> npt.NDArray[np.float64]:
+    """Shares of numbers by spread class, if they follow Laplace. Else a class that no text shows would have a table
+    for which every number but 0 is an accident."""
+    spread_K = np.exp2((2 * np.arange(CLASSES) + 1 + SKIPPED) / OCTAVE)
+    edges_KE = (np.arange(-NUMBER_MAX, NUMBER_MAX + 2) - 0.5) * 2**0.5 / spread_K[:, None]
+    below_KE = 0.5 + 0.5 * np.sign(edges_KE) * -np.expm1(-np.abs(edges_KE))
+    inside_KS = np.diff(below_KE, axis=1)
+    return np.concatenate((inside_KS, 1 - inside_KS.sum(1, keepdims=True)), 1)

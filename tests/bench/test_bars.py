@@ -6,7 +6,7 @@ the median holds is printed, and stands in bench/figures.
 
 import pytest
 
-from bench import overlap, quiet_engine, router_cost, stream_cost
+from bench import overlap, quality, quiet_engine, router_cost, stream_cost, wire
 from bench.figures import Figure
 
 # What was not reached, and what must not get worse (the bar, the figure and why: ARCHITECTURE.md, "Measured").
@@ -55,3 +55,17 @@ async def test_a_streamed_token_is_cheap_for_the_router() -> None:
 @pytest.mark.timeout(120)
 async def test_a_raw_stream_keeps_up_with_a_bare_copy() -> None:
     check(await stream_cost.measure())
+
+
+@pytest.mark.slow
+@pytest.mark.model
+@pytest.mark.timeout(1_200)
+async def test_codecs_keep_their_budgets_on_unseen_text(model_dir: object) -> None:
+    check(await quality.measured())
+
+
+@pytest.mark.slow
+@pytest.mark.model
+@pytest.mark.timeout(300)
+async def test_codecs_are_fast_enough_for_their_links(model_dir: object) -> None:
+    check(await wire.measured())

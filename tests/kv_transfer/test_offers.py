@@ -12,7 +12,7 @@ from kv_transfer.profile import Point, Profile, Tables
 KV = Stream(name="kv", layers=3, heads=2, head_dim=16, dtype="bfloat16")
 
 
-def point(level: int, bits: float = 8.25, kl: float = 0.0001) -> Point:
+def point(level: int, bits: float = 8.5, kl: float = 0.0001) -> Point:
     return Point(level=level, bits_per_element=bits, kl=kl, ppl_change=0, encode_mb_s=1, decode_mb_s=1)
 
 
@@ -33,7 +33,7 @@ def test_without_a_profile_nothing_is_known_of_a_codec() -> None:
 
 def test_a_profile_says_what_levels_cost_that_there_are() -> None:
     profile = Profile(model="m", curves={"int8": (point(0), point(99)), "raw": (point(0, kl=3.0),)})
-    assert offer("int8", profile) == Offer("int8", costs=(LevelCost(0, 8.25, 0.0001),))
+    assert offer("int8", profile) == Offer("int8", costs=(LevelCost(0, 8.5, 0.0001),))
     assert offer("raw", profile) == offer("raw")
 
 

@@ -49,8 +49,8 @@ def test_every_command_and_option_has_help(command: str) -> None:
     assert [option.name for option in COMMANDS[command].params if not getattr(option, "help", None)] == []
 
 
-def test_a_cluster_may_be_started_by_parts() -> None:
-    assert set(COMMANDS) == {"serve", "worker", "router", "controller", "fit"}
+def test_a_cluster_may_be_started_by_parts_and_a_model_prepared_for_it() -> None:
+    assert set(COMMANDS) == {"serve", "worker", "router", "controller"} | {"fit", "measure", "profile"}
 
 
 def test_serve_has_the_flags_that_scripts_rely_on() -> None:

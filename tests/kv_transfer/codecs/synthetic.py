@@ -19,6 +19,7 @@ KINDS = ("prose", "code")
 WINDOWS_EACH = 2
 WINDOW_TOKENS = 256
 SINKS = 4
+SLOPE = np.float32(0.001)  # of gradients: numbers are worth a few bits each, as a model's are
 
 
 def kv(stream: Stream, tokens: int, *, seed: int) -> np.ndarray:
@@ -62,7 +63,7 @@ def _window(stream: Stream, kind: str, seed: int) -> Window:
     numbers_LHPTD = kv(stream, WINDOW_TOKENS, seed=100 + seed)
     gradients_LHPTD = np.random.default_rng(seed).standard_normal(numbers_LHPTD.shape).astype(np.float32)
     stored_LHPTD = elements.to_float32(elements.from_float32(numbers_LHPTD, stream.dtype), stream.dtype)
-    return Window(kind, stored_LHPTD, 0.01 * gradients_LHPTD, scored_tokens=64)
+    return Window(kind, stored_LHPTD, SLOPE * gradients_LHPTD, scored_tokens=64)
 
 
 @cache

@@ -10,7 +10,8 @@ from engine.kv.schema import Stream
 from kv_transfer.calibration import Calibration
 from kv_transfer.codecs import Atom, AtomShape, Unencodable, cachegen_tables, elements, rans
 from kv_transfer.codecs.cachegen import CacheGen
-from kv_transfer.codecs.cachegen_tables import BINS, RAW_TOKENS, limits
+from kv_transfer.codecs.cachegen_tables import BINS, limits
+from kv_transfer.codecs.row_coded import RAW_TOKENS
 from kv_transfer.profile import Tables
 from tests.kv_transfer.codecs import synthetic
 
