@@ -3,7 +3,7 @@
 # Another interpreter: make install PYTHON=/path/to/python3.12
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-slow check format proto bench clean
+.PHONY: help install serve test test-slow check format generate bench clean
 
 ARGS ?=
 BIN := .venv/bin
@@ -27,15 +27,16 @@ test: install  ## every test but the slow ones, cheapest first, in random order
 test-slow: install  ## the slow suites
 	@$(BIN)/python scripts/test.py slow -- $(ARGS)
 
-check: install  ## format, lint, types, import floors, generated code current
+check: install  ## format, lint, types, import floors, generated files current
 	@scripts/check.sh
 
 format: install  ## rewrite the sources the way `make check` wants them
 	@$(BIN)/ruff format
 	@$(BIN)/ruff check --fix
 
-proto: install  ## regenerate the wire code from proto/
+generate: install  ## rewrite what is generated: the wire code from proto/, METHODS.md
 	@$(BIN)/python scripts/proto.py
+	@$(BIN)/python scripts/methods.py
 
 bench: install  ## measure; tables go to the terminal
 	@exec $(BIN)/python -m bench $(ARGS)
