@@ -9,6 +9,7 @@ from typing import Final
 from bench.figures import Bar, Figure, figure_of
 from bench.quality import TEXTS, World, fewest
 from engine.base import limits
+from engine.base.blas import use_calling_thread
 from engine.capture import Subject
 from kv_transfer.calibration import Floats
 from kv_transfer.measure import Rates, rates, send
@@ -29,6 +30,7 @@ def bar_of(name: str, what: str, limit: float) -> Bar:
 
 
 async def measured() -> list[Figure]:
+    use_calling_thread()
     world = World.load()
     text = read_texts([TEXTS / TEXT], world.path, world.info)[0]
     kv_LHPTD = Subject.load(world.path).kv(text.windows[0].prefix, world.codecs.stream.dtype)

@@ -17,6 +17,7 @@ from rich.table import Table
 from control_plane.codec_choice import choose_codecs
 from control_plane.model_choice import ModelChoice, choose_model
 from control_plane.options import OptionError
+from engine.base.blas import use_calling_thread
 from engine.base.errors import NotFound
 from engine.models.info import describe
 from kv_transfer.codecs import CodecSet, codecs
@@ -161,6 +162,8 @@ def writing(out: Path | None) -> Iterator[None]:
 
 
 def use_threads(threads: int) -> None:
+    """Of the model. Codecs run on one, as a codec thread would run them."""
     import torch
 
     torch.set_num_threads(threads)
+    use_calling_thread()

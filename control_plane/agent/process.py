@@ -26,6 +26,7 @@ from control_plane.lifecycle import Shutdown, configure_logging
 from control_plane.model_choice import ModelChoice, choose_model
 from control_plane.options import Device, EngineOptions, ExecutorKind, WorkerOptions
 from engine.base.asyncio_host import AsyncioHost, JobPool
+from engine.base.blas import use_calling_thread
 from engine.base.failpoints import Failpoints
 from engine.base.link import Link, LinkHandler
 from engine.batching import Batching, build
@@ -60,6 +61,7 @@ KV_BYTES_DEFAULT_MAX = 1 << 30  # a worker on a shared machine should not take i
 def main(options: WorkerOptions) -> int:
     configure_logging(options.name, options.log_level)
     settle_interpreter()
+    use_calling_thread()
     leave_to_engine(options.cores)
     model = choose_model(options.engine)
     return asyncio.run(_serve(options, model, choose_codecs(options.engine, model.schema)))
