@@ -10,7 +10,7 @@ from bench import overlap, quality, quiet_engine, router_cost, stream_cost, wire
 from bench.figures import Figure
 
 # What was not reached, and what must not get worse (the bar, the figure and why: ARCHITECTURE.md, "Measured").
-REACHED = {"raw KV stream": 0.28, "quiet engine": 2.5}
+REACHED = {"raw KV stream": 0.28, "quiet engine": 2.5, "cachegen": 2.9, "fact retrieval": 0.8}
 
 
 def check(figures: list[Figure]) -> None:
