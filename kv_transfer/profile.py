@@ -81,11 +81,6 @@ class Profile:
     curves: Mapping[str, Sequence[Point]] = field(default_factory=dict)  # by codec; least lossy first
     texts: Mapping[str, str] = field(default_factory=dict)  # kind -> digest of the text that it was measured on
 
-    def level_within(self, codec: str, kl_budget: float) -> int | None:
-        """The level of fewest bits whose KL keeps within the budget. None: no level is known to."""
-        fitting = [point for point in self.curves.get(codec, ()) if point.kl <= kl_budget]
-        return min(fitting, key=lambda point: point.bits_per_element).level if fitting else None
-
 
 def save(profile: Profile, path: Path) -> None:
     """Deterministic for the same profile. Replaces `path` at once or not at all."""

@@ -55,24 +55,11 @@ def bfloat16_to_float32(bits_D: Bits) -> Floats:
     return wide_D.view(np.float32)
 
 
-def bfloat16_at_least(values: Floats) -> Bits:
-    """Bits of the smallest bfloat16 >= each value. For values >= 0."""
-    upper: Bits = ((values.view(np.uint32).astype(np.uint64) + 0xFFFF) >> 16).astype(np.uint16)
-    return upper
-
-
 def magnitude_bits(bytes_X: Bytes, dtype: str) -> Bits:
     """Bits without the sign. They order like the magnitudes, and from infinity's on a number is not finite."""
     bits_D = bytes_X.view(_BITS[dtype])
     magnitudes_D: Bits = bits_D & bits_D.dtype.type(np.iinfo(bits_D.dtype).max >> 1)
     return magnitudes_D
-
-
-def magnitudes(bits: Bits, dtype: str) -> Floats:
-    """What `magnitude_bits` stand for. Raises ValueError if one of them is infinite or not a number."""
-    if bits.size and bits.max() >= _INFINITY[dtype]:
-        raise ValueError("infinite or not a number")
-    return to_float32(np.ascontiguousarray(bits).view(np.uint8), dtype)
 
 
 def all_finite(bytes_X: Bytes, dtype: str) -> bool:

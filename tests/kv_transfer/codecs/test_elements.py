@@ -46,19 +46,17 @@ def test_not_a_number_stays_none(dtype: str, nan_bits: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", sorted(elements.DTYPES))
-def test_magnitudes_are_absolute_values(dtype: str) -> None:
-    values = np.random.default_rng(0).standard_normal((5, 8)).astype(np.float32)
-    bytes_X = elements.from_float32(values, dtype)
-    largest = elements.magnitudes(elements.magnitude_bits(bytes_X, dtype).max(-1, keepdims=True), dtype)
-    np.testing.assert_array_equal(largest, np.abs(elements.to_float32(bytes_X, dtype)).max(-1, keepdims=True))
+def test_magnitudes_are_ordered_like_absolute_values(dtype: str) -> None:
+    bytes_X = elements.from_float32(np.random.default_rng(0).standard_normal(40).astype(np.float32), dtype)
+    absolute = np.abs(elements.to_float32(bytes_X, dtype))
+    assert (np.diff(absolute[np.argsort(elements.magnitude_bits(bytes_X, dtype))]) >= 0).all()
 
 
 @pytest.mark.parametrize("dtype", sorted(elements.DTYPES))
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
-def test_magnitudes_of_what_is_not_finite_are_refused(dtype: str, bad: float) -> None:
-    bytes_X = elements.from_float32(np.array([1, bad, 2], np.float32), dtype)
-    with pytest.raises(ValueError, match="infinite or not a number"):
-        elements.magnitudes(elements.magnitude_bits(bytes_X, dtype), dtype)
+def test_one_number_that_is_not_finite_is_seen(dtype: str, bad: float) -> None:
+    good, worse = (elements.from_float32(np.array([1, each, 2], np.float32), dtype) for each in (0, bad))
+    assert elements.all_finite(good, dtype) and not elements.all_finite(worse, dtype)
 
 
 @pytest.mark.parametrize("dtype", sorted(elements.DTYPES))
@@ -67,12 +65,3 @@ def test_the_largest_number_is_finite_and_the_next_is_not(dtype: str) -> None:
     bits = elements.from_float32(largest, dtype).view(elements._BITS[dtype])
     assert elements.to_float32(bits.view(np.uint8), dtype) == largest
     assert np.isinf(elements.to_float32((bits + 1).view(np.uint8), dtype))
-
-
-def test_a_bfloat16_bound_is_the_smallest() -> None:
-    values = np.abs(np.random.default_rng(0).standard_normal(10_000)).astype(np.float32)
-    values = np.concatenate([values, np.array([0, 1, 1e-45, 1e-40], np.float32)])
-    bits = elements.bfloat16_at_least(values)
-    assert (elements.bfloat16_to_float32(bits) >= values).all()
-    below = elements.bfloat16_to_float32(np.maximum(bits, 1) - np.uint16(1))
-    assert ((below < values) | (bits == 0)).all()
