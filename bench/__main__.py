@@ -20,7 +20,7 @@ from bench.readme import README, refreshed
 BENCHES: dict[str, Callable[[], Coroutine[Any, Any, list[Figure]]]] = {
     "engine_speed": engine_speed.measure,
     "overlap": overlap.measure,
-    "quality": quality.measured,
+    "quality": quality.measured_and_drawn,
     "quiet_engine": quiet_engine.measure,
     "router_cost": router_cost.measure,
     "stream_cost": stream_cost.measure,

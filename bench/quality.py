@@ -31,6 +31,7 @@ PROSE: Final = TEXTS / "whale.txt"  # what questions are asked about
 PLOT: Final = FOLDER / "codecs.svg"
 WINDOWS: Final = 3  # of each text
 CONTEXTS: Final = 5
+_RAW_BITS: Final = 16.0  # of a bfloat16: what is sent where no level keeps a budget
 BUDGETS: Final = (0.003, 0.01, 0.03)
 
 CACHEGEN = Bar(
@@ -83,23 +84,28 @@ class World:
         return cls(path=path, info=info, profile=profile, codecs=CodecSet(schema.kv, profile))
 
 
-async def measured() -> list[Figure]:
-    return judged(World.load(), sorted(TEXTS.glob("*.txt")), windows=WINDOWS, contexts=CONTEXTS)
+async def measured(picture: Path | None = None) -> list[Figure]:
+    return judged(World.load(), sorted(TEXTS.glob("*.txt")), picture)
 
 
-def judged(world: World, files: Sequence[Path], *, windows: int, contexts: int) -> list[Figure]:
+async def measured_and_drawn() -> list[Figure]:
+    return await measured(PLOT)
+
+
+def judged(world: World, files: Sequence[Path], picture: Path | None) -> list[Figure]:
     texts = read_texts(files, world.path, world.info)
-    texts = [replace(text, windows=spread(text.windows, windows)) for text in texts]
+    texts = [replace(text, windows=spread(text.windows, WINDOWS)) for text in texts]
     subject = Subject.load(world.path)
     wanted = [each for each in levels_of(world.codecs, world.codecs.names()) if not _exact(world, each)]
     curves = measure(subject, world.codecs, texts, wanted)
-    drawn = {name: [(point.bits_per_element, point.kl) for point in points] for name, points in curves.items()}
-    plot.write(PLOT, drawn, f"{world.info.name}, worst of {len(texts)} kinds of unseen text", limits.KL_BUDGET)
+    if picture is not None:
+        drawn = {name: [(point.bits_per_element, point.kl) for point in points] for name, points in curves.items()}
+        plot.write(picture, drawn, f"{world.info.name}, worst of {len(texts)} kinds of unseen text", limits.KL_BUDGET)
     samples = sum(len(text.windows) for text in texts)
     return [
         *_fewest_bits(curves, samples),
         *(_budget_kept(world.profile, curves, budget, bar, samples) for budget, bar in _budgets()),
-        *_retrieval(world, subject, contexts),
+        *_retrieval(world, subject, CONTEXTS),
     ]
 
 
@@ -120,7 +126,10 @@ def _one(bar: Bar, value: float, samples: int, **notes: object) -> Figure:
 def _fewest_bits(curves: Mapping[str, Sequence[Point]], samples: int) -> list[Figure]:
     figures = []
     for bar, among, budget in ((CACHEGEN, {"cachegen"}, 0.012), (BEST, set(curves), 0.01)):
-        if fitting := fewest(curves, budget, among):
+        fitting = fewest(curves, budget, among)
+        if fitting is None:
+            figures.append(_one(bar, _RAW_BITS, samples, level="raw"))
+        else:
             level, point = fitting
             figures.append(_one(bar, point.bits_per_element, samples, level=_word(level), **_kinds(point)))
     return figures
@@ -145,11 +154,11 @@ def _budget_kept(
 ) -> Figure:
     """A budget that the profile has nothing for is kept by sending raw."""
     chosen, just_fits = fewest(profile.curves, budget), fewest(curves, budget)
-    if chosen is None or just_fits is None:
+    if chosen is None:
         return _one(bar, 0.0, samples, level="raw")
     level = chosen[0]
     here = next(point for point in curves[level.codec] if point.level == level.level)
-    caution = here.bits_per_element - just_fits[1].bits_per_element
+    caution = here.bits_per_element - (just_fits[1].bits_per_element if just_fits else _RAW_BITS)
     return _one(
         bar,
         here.kl / budget,

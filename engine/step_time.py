@@ -17,9 +17,7 @@ No torch here: the paced executor, virtual engines and planners use it too. Meas
 
 import json
 import math
-import os
 import re
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass, fields
 from enum import StrEnum
@@ -32,6 +30,7 @@ import numpy.typing as npt
 
 from engine.base import limits
 from engine.base.errors import InvalidArgument
+from engine.base.files import replace_file
 from engine.base.folders import default_cache_dir
 from engine.commands import StepPlan
 
@@ -223,15 +222,7 @@ def save(file: Path, setting: Setting, model: StepTimeModel, error: FitError) ->
         "model_us": asdict(model),
         "relative_error": error.as_dict(),
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=f".{file.name}-", delete=False) as stream:
-        try:
-            json.dump(document, stream, indent=2)
-            stream.flush()
-            os.replace(stream.name, file)
-        except BaseException:
-            os.unlink(stream.name)
-            raise
+    replace_file(file, json.dumps(document, indent=2).encode())
 
 
 def parse(data: bytes, setting: Setting) -> StepTimeModel:

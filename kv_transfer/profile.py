@@ -11,6 +11,7 @@ Without a profile only codecs that need none are offered (`codecs.CodecSet`). Wr
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -21,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.base.errors import InvalidArgument
+from engine.base.files import replace_file
 
 FORMAT: Final = "triptych-profile-1"
 FILE_BYTES_MAX: Final = 256 << 20
@@ -98,10 +100,7 @@ def save(profile: Profile, path: Path) -> None:
         "settings": {codec: dict(tables.settings) for codec, tables in profile.tables.items()},
         "curves": {codec: [asdict(point) for point in points] for codec, points in profile.curves.items()},
     }
-    data = serialize(arrays, metadata={"triptych": json.dumps(document, sort_keys=True)})
-    draft = path.with_name(path.name + ".part")
-    draft.write_bytes(data)
-    draft.replace(path)
+    replace_file(path, serialize(arrays, metadata={"triptych": json.dumps(document, sort_keys=True)}))
 
 
 def load(path: Path) -> Profile:
@@ -111,7 +110,7 @@ def load(path: Path) -> Profile:
             raise ValueError(f"larger than {FILE_BYTES_MAX >> 20} MiB")
         document, arrays = _read(path)
         return _profile_of(document, arrays)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InvalidArgument(f"profile {path}: {error or type(error).__name__}", field="profile") from error
 
 
@@ -148,5 +147,10 @@ def _arrays_of(codec: str, arrays: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def _point_of(fields: Mapping[str, Any]) -> Point:
-    kinds = {kind: Kind(**values) for kind, values in fields["kinds"].items()}
-    return Point(**{**fields, "kinds": kinds})
+    """Of numbers that a worker may tell others: it would not be registered with any other."""
+    point = Point(**{**fields, "kinds": {kind: Kind(**values) for kind, values in fields["kinds"].items()}})
+    numbers = all(type(number) in (int, float) for number in (point.bits_per_element, point.kl))
+    plausible = numbers and 0 < point.bits_per_element < math.inf and 0 <= point.kl < math.inf
+    if not (plausible and type(point.level) is int and point.level >= 0):
+        raise ValueError(f"a level of {point.bits_per_element} bits at KL {point.kl}: {point.level}")
+    return point

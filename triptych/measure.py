@@ -19,6 +19,7 @@ from control_plane.model_choice import ModelChoice, choose_model
 from control_plane.options import OptionError
 from engine.base.blas import use_calling_thread
 from engine.base.errors import NotFound
+from engine.base.files import replace_file, require_writable
 from engine.models.info import describe
 from kv_transfer.codecs import CodecSet, codecs
 from kv_transfer.profile import Point
@@ -45,10 +46,13 @@ def run(options: MeasureOptions, choice: ModelChoice, bars: Progress) -> Mapping
         replace(text, windows=spread(text.windows, options.windows))
         for text in read_texts(options.texts, choice.path, describe(choice.path))
     ]
-    with writing(options.out):
-        points = _measured(options, choice, offered, texts, wanted, bars)
-        if options.out is not None:
-            options.out.write_text(json.dumps(as_document(points), indent=2) + "\n")
+    if options.out is None:
+        return _measured(options, choice, offered, texts, wanted, bars)
+    with writing("json", options.out):
+        require_writable(options.out)
+    points = _measured(options, choice, offered, texts, wanted, bars)
+    with writing("json", options.out):
+        replace_file(options.out, json.dumps(as_document(points), indent=2).encode() + b"\n")
     return points
 
 
@@ -76,9 +80,9 @@ def wanted_levels(options: MeasureOptions, offered: CodecSet) -> list[Level]:
     if not options.levels:
         return levels_of(offered, names)
     levels = [Level(name, level) for name in names for level in options.levels if level in offered.get(name).levels]
-    if not levels:
+    if {level for _, level in levels} != set(options.levels):
         known = "; ".join(f"{name}: {_span(offered.get(name).levels)}" for name in names)
-        raise OptionError("levels", f"none of {', '.join(map(str, options.levels))} is a level of a codec ({known})")
+        raise OptionError("levels", f"{', '.join(map(str, options.levels))}: not each is a level of a codec ({known})")
     return levels
 
 
@@ -149,16 +153,12 @@ def progress_bar() -> Iterator[Progress]:
 
 
 @contextmanager
-def writing(out: Path | None) -> Iterator[None]:
-    """Say that a file cannot be written before anything is measured, or when it turns out."""
+def writing(option: str, out: Path) -> Iterator[None]:
+    """For what writes that file and nothing else: other trouble is not the option's."""
     try:
-        if out is not None:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.with_name(out.name + ".part").touch()
-            out.with_name(out.name + ".part").unlink()
         yield
     except OSError as error:
-        raise OptionError("out", f"'{out}' cannot be written: {error.strerror}") from error
+        raise OptionError(option, f"'{out}' cannot be written: {error.strerror or error}") from error
 
 
 def use_threads(threads: int) -> None:

@@ -93,12 +93,15 @@ def codec_engine(*, model: str, dtype: Dtype, profile: Path | None = None) -> En
 
 def split_names(text: str) -> tuple[str, ...]:
     """Of "a,b"; of "all", which is every codec, none."""
-    return () if text == "all" else tuple(name for name in text.split(",") if name)
+    names = tuple(dict.fromkeys(name for name in text.split(",") if name))
+    if not names:
+        raise OptionError("codecs", "must name a codec, or be 'all'")
+    return () if text == "all" else names
 
 
 def split_levels(text: str) -> tuple[int, ...]:
     try:
-        return tuple(int(level) for level in text.split(",") if level)
+        return tuple(dict.fromkeys(int(level) for level in text.split(",") if level))
     except ValueError:
         raise OptionError("levels", f"must be numbers separated by commas, not '{text}'") from None
 

@@ -21,6 +21,7 @@ from rich.progress import Progress
 from control_plane.model_choice import ModelChoice, choose_model
 from control_plane.options import MODEL_DEFAULT
 from engine.base.errors import InvalidArgument
+from engine.base.files import require_writable
 from engine.capture import Subject
 from engine.capture import Window as TextWindow
 from engine.kv.schema import Stream
@@ -59,13 +60,15 @@ def main(options: ProfileOptions) -> int:
 def run(options: ProfileOptions, choice: ModelChoice, bars: Progress) -> Profile:
     assert choice.path is not None, "options refuse models without weights"
     texts = read_texts(options.texts, choice.path, describe(choice.path))
-    with writing(options.out):
-        parts = [split(text, options.windows, options.held_out) for text in texts]
-        use_threads(options.threads)
-        subject = Subject.load(choice.path)
-        tables = calibrated(subject, choice.schema.kv, [known for known, _ in parts], bars)
-        profile = Profile(model=choice.schema.model, tables=tables, texts={text.kind: text.digest for text in texts})
-        profile = _with_curves(profile, subject, choice.schema.kv, [held_out for _, held_out in parts], bars)
+    with writing("out", options.out):
+        require_writable(options.out)
+    parts = [split(text, options.windows, options.held_out) for text in texts]
+    use_threads(options.threads)
+    subject = Subject.load(choice.path)
+    tables = calibrated(subject, choice.schema.kv, [known for known, _ in parts], bars)
+    profile = Profile(model=choice.schema.model, tables=tables, texts={text.kind: text.digest for text in texts})
+    profile = _with_curves(profile, subject, choice.schema.kv, [held_out for _, held_out in parts], bars)
+    with writing("out", options.out):
         save(profile, options.out)
     return profile
 

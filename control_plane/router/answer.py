@@ -97,9 +97,10 @@ class Answer:
         if news.ended.error is not None:
             await send_error(send, news.ended.error, self._label)
             return
-        value = self._whole_value(list(map(joined, deltas)), news.ended.stats)
+        body = encode_json(self._whole_value(list(map(joined, deltas)), news.ended.stats))
+        headers = self._headers()
         self.started = True
-        await send_whole(send, 200, value, self._headers())
+        await send_whole(send, 200, body, headers)
 
     def _whole_value(self, choices: list[Delta], stats: RequestStats) -> dict[str, Any]:
         self._completion_tokens = sum(len(choice.token_ids) for choice in choices)

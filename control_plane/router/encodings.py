@@ -34,13 +34,14 @@ def choose_encoding(wish: Wish, source: Offers, target: Offers) -> Encoding:
     budget = limits.KL_BUDGET if wish.kl_budget is None else wish.kl_budget
     wanted = [offer for offer in _common(source, target) if wish.codec in (offer.codec, AUTO)]
     within = [
-        (cost.bits_per_element, cost.kl, offer.at(cost.level))
+        (cost.bits_per_element, cost.kl, offer.codec, cost.level)
         for offer in wanted
         for cost in _costs(offer, target)
         if cost.kl <= budget
     ]
     if within:
-        return min(within, key=lambda each: (each[0], each[1], each[2].codec))[2]
+        *_, codec, level = min(within)
+        return source[codec].at(level)
     named = [offer for offer in wanted if wish.codec == offer.codec and not _costs(offer, target)]
     return named[0].least_lossy if named and wish.kl_budget is None else RAW_ENCODING
 

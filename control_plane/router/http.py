@@ -154,14 +154,15 @@ class Completions:
             raise BodyTooSlow(f"body: must arrive within {self._config.body_read_ms} ms", field="body") from None
 
     async def _serve(self, stream: RequestStream, send: Send) -> None:
-        answer = Answer(stream, int(self._wall_s()), self._edge.card.name, self._edge.vocabulary)
+        answer: Answer | None = None
         try:
+            answer = Answer(stream, int(self._wall_s()), self._edge.card.name, self._edge.vocabulary)
             async with stream.patience():
                 await (answer.stream(send) if stream.request.stream else answer.whole(send))
         except (TimeoutError, OSError):  # does not read, or is gone; an incomplete response makes the server hang up
             log.debug("response abandoned id=%s", stream.id)
         except Exception as raised:
-            if answer.started:
+            if answer is not None and answer.started:
                 raise  # the server logs it, and hangs up
             await send_error(send, as_ours(raised), stream.request.label)
 

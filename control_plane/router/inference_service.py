@@ -140,6 +140,7 @@ class ReadinessHealth(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # 
 
     @contextmanager
     def _watching(self) -> Iterator[None]:
+        self.refresh()  # nobody has for as long as nobody watched
         self._watchers += 1
         self._watched.set()
         try:

@@ -77,7 +77,7 @@ async def send_error(send: Send, error: TriptychError, label: str) -> None:
         headers.append((b"retry-after", retry_after(error.retry_after_ms or limits.RETRY_AFTER_MS)))
     if isinstance(error, BodyTooLarge | BodyTooSlow):
         headers.append((b"connection", b"close"))  # the rest of the body is not waited for
-    await send_whole(send, status, error_body(error), headers)
+    await send_whole(send, status, encode_json(error_body(error)), headers)
 
 
 def retry_after(delay_ms: int) -> bytes:
@@ -107,7 +107,6 @@ def event(value: Any) -> bytes:
     return b"data: " + encode_json(value) + b"\n\n"
 
 
-async def send_whole(send: Send, status: int, value: Any, headers: list[tuple[bytes, bytes]]) -> None:
-    body = encode_json(value)
+async def send_whole(send: Send, status: int, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:
     await send(start(status, b"application/json", [*headers, (b"content-length", str(len(body)).encode())]))
     await send(last(body))

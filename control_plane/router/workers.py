@@ -87,10 +87,9 @@ class WorkerPool:
         for worker_id, info in listed.items():
             known = self._workers.get(worker_id)
             if known is None:
-                self._workers[worker_id] = Worker(info)
+                self._workers[worker_id] = Worker(info, offers=_offers_untrusted(info))
             else:
                 self._refresh(known, info)
-            self._workers[worker_id].offers = _offers_untrusted(info)
         for worker in tuple(self):
             worker.listed = worker.id in listed
             if worker.redial_us is not None:
@@ -106,6 +105,8 @@ class WorkerPool:
     def _refresh(worker: Worker, info: pb.WorkerInfo) -> None:
         """The worker itself is the better witness of its epoch and state while we talk to it."""
         if worker.session is None or info.epoch > worker.info.epoch:
+            if info.offers != worker.info.offers:  # tables come every second, other offers never in a worker's life
+                worker.offers = _offers_untrusted(info)
             worker.info.CopyFrom(info)
 
     def on_link_up(self, worker: Worker) -> None:

@@ -97,7 +97,8 @@ class Codec(Protocol):
         """`bytes_LHPTX` of an atom of this shape, perhaps read-only, perhaps a view of the payload.
 
         The payload's length is compared with what `shape` implies before anything is allocated; a length inside the
-        payload is a claim, not a fact. Raises only FrameError.
+        payload is a claim, not a fact. Raises only FrameError, for a shape and a level that were checked: by
+        `frame.check_atom_untrusted` and `CodecSet.check_untrusted`.
         """
 
     def payload_bytes_max(self, shape: AtomShape) -> int:

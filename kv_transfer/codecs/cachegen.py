@@ -19,20 +19,7 @@ by its digest. Where this differs from the paper:
 
 Loses half a step of 1 / limit of a row's largest number, rounded up by at most 1 / 16; magnitudes below 1.5e-36.
 
-SmolLM2-135M, bfloat16, prefixes of 768 tokens and 256 scored, calibrated with 4 windows of each kind, text of the same
-kinds but other places; the whole payload (raw tokens are .083 of the bits); one core, atoms of 30 layers x 256 tokens:
-
-    level   bins K/V   bits pydoc / source / notes   KL                       encode, decode MB/s of raw KV
-    255     255/128    5.87    5.89    5.88          .0001 / .0001 / .0001    690    500
-    112     112/44     4.47    4.49    4.48          .0005 / .0006 / .0007    700    500
-    64      64/24      3.59    3.61    3.60          .0019 / .0020 / .0024    700    530
-    40      40/18      3.03    3.04    3.03          .0040 / .0054 / .0057    700    530
-    32      32/16      2.77    2.79    2.78          .0062 / .0081 / .0091    700    530
-    28      28/14      2.57    2.59    2.58          .0086 / .0111 / .0139    710    530
-    24      24/12      2.33    2.35    2.34          .0180 / .0153 / .0191    700    530
-    16      16/8       1.72    1.74    1.73          .0480 / .0473 / .0542    700    530
-
-Tables take 331 KB of a profile, 6 s to calibrate, 20 ms to load.
+What a level costs for a model is measured and in its profile: METHODS.md.
 
 Legend: i layers of the atom, H kv heads, P parts, T tokens, D head dim.
 """

@@ -1,6 +1,6 @@
 """What `cachegen` knows about a model: made from calibration texts, kept in a profile, expanded for its kernels.
 
-Every (layer, part, loudness, channel) has a distribution of its own for every level: 23,040 times eight for
+Every (layer, part, loudness, channel) has a distribution of its own for every level: 46,080 times eight for
 SmolLM2-135M. Few of them are really different once they are centred. So a channel has, for all levels, a *mean* (in
 units of the row's scale) and one of 16 *classes*, found by clustering (k-means in coding cost) at one middle level. At
 a level, the mean falls a whole number of steps from 0 (what is coded is the distance from there) and a rest, which
@@ -75,7 +75,7 @@ def places(mean: Array, limit: int) -> tuple[Counts, Counts]:
 # -- from a profile ----------------------------------------------------------------------------------------------------
 @dataclass(frozen=True, eq=False)
 class Model:
-    """Tables, expanded: 0.3 MB become 12 MB that kernels look things up in."""
+    """Tables, expanded: 0.3 MB become 9 MB that kernels look things up in."""
 
     scales: Scales
     levels: dict[int, Level]

@@ -5,8 +5,8 @@ share a grid per channel over 64 tokens, because a few channels of a key are alw
 not keys and values, share one per token and head. Groups are counted from the atom's first token.
 
 A grid lies between the smallest and the largest of its numbers (asymmetric). Both are among the numbers, so in the
-stream's dtype they are exact, and they are all that travels: 32 bits for 64 bfloat16 numbers. Mean KL (nats per token)
-on SmolLM2-135M, 9 prefixes of 512 tokens of pydoc, Python source and prose, 128 tokens scored after each:
+stream's dtype they are exact, and they are all that travels: 32 bits for 64 bfloat16 numbers. Mean KL of a prototype,
+measured once to choose among grids (SmolLM2-135M, 9 prefixes of 512 tokens); what the codecs cost is in METHODS.md:
 
     bits                  asymmetric   symmetric   95 % of the range   range of least squares
     4, first 4 raw        .0040        .0165       .0058               .0053

@@ -145,7 +145,7 @@ def expand(tables: Tables, stream: Stream) -> Model:
             codings=tuple(_codings(arrays, unit)),
             gain=2 * _gain(inverse_LPCC),  # a rotation adds two channels
         )
-    except (KeyError, TypeError, ValueError, np.linalg.LinAlgError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, np.linalg.LinAlgError) as error:
         raise InvalidArgument(f"tables of transform: {error}", field="profile") from error
 
 
@@ -167,12 +167,13 @@ def _gain(matrix_LPCC: Floats) -> float:
 def _codings(arrays: Any, unit: float) -> Iterator[Coding]:
     tables = rans.FrequencyTables(arrays["classes_KS"]).expanded
     fineness_tables = rans.FrequencyTables(arrays["fineness_KS"]).expanded
+    deviation_LPC = arrays["deviation_LPC"].copy()  # a profile's own are read-only, another type for kernels
     for level in LEVELS:
         step = step_of(level, unit)
         yield Coding(
             tables=tables,
             fineness_tables=fineness_tables,
-            deviation_LPC=arrays["deviation_LPC"].copy(),  # a profile's own are read-only, another type for kernels
+            deviation_LPC=deviation_LPC,
             step_eighths=round(OCTAVE * np.log2(step)),
             step=np.float32(step),
         )

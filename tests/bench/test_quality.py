@@ -42,3 +42,15 @@ def test_the_fewest_bits_are_those_of_a_level_that_fits() -> None:
     assert best.value == 4.1 and best.notes["level"] == "a 0"
     assert fewest(HERE, 0.05, {"b"}) is not None
     assert fewest(HERE, 0.0001, {"a"}) is None
+
+
+def test_a_level_that_breaks_its_budget_is_a_miss_though_no_other_keeps_it() -> None:
+    worse = {"a": [point(0, 4.1, 0.02), point(1, 3.1, 0.03), point(2, 2.1, 0.05)]}
+    figure = _budget_kept(Profile(model="m", curves={"a": KNOWN["a"]}), worse, 0.01, BUDGET_BARS[1], 3)
+    assert figure.value == pytest.approx(3.0) and not figure.passed
+
+
+def test_a_codec_that_keeps_no_budget_costs_what_raw_costs() -> None:
+    figures = _fewest_bits({"a": [point(0, 4.1, 0.02)]}, 3)
+    assert [figure.value for figure in figures] == [16.0, 16.0]
+    assert not any(figure.passed for figure in figures)

@@ -63,7 +63,7 @@ def test_all_means_every_codec_that_needs_no_profile(
     [
         (("--codecs", "int88"), "did you mean 'int8'"),
         (("--codecs", "clipping"), "needs a profile"),
-        (("--codecs", "raw,int8", "--levels", "17"), "none of 17 is a level"),
+        (("--codecs", "raw,int8", "--levels", "17"), "17: not each is a level"),
         (("--levels", "x"), "numbers separated by commas"),
         (("--windows", "0"), "at least 1"),
         (("--model", "oracle"), "no weights"),

@@ -186,6 +186,6 @@ def test_what_a_request_does_not_say_its_deployment_does() -> None:
 
 
 def test_offers_that_nobody_can_read_are_none(cluster: Cluster) -> None:
-    info = pb.WorkerInfo(worker="d1", offers=[pb.CodecOffer(codec="raw"), pb.CodecOffer(codec="raw")])
+    info = pb.WorkerInfo(worker="d1", epoch=9, offers=[pb.CodecOffer(codec="raw"), pb.CodecOffer(codec="raw")])
     cluster.pool.adopt(pb.WorkerTable(term=1, workers=[info]))
     assert cluster["d1"].offers == {}
