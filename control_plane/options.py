@@ -66,6 +66,14 @@ class LogLevel(StrEnum):
     ERROR = "error"
 
 
+class LogFormat(StrEnum):
+    """How lines of the log are written."""
+
+    AUTO = "auto"  # pretty on a terminal, JSON elsewhere
+    JSON = "json"
+    PRETTY = "pretty"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
     """What every worker of a cluster shares: two workers that differ in any of these cannot exchange KV."""
@@ -107,6 +115,42 @@ class EngineOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EdgeOptions:
+    """What clients meet: who may ask, under which name the model answers, how long they may wait."""
+
+    served_model_name: str | None = None  # None: the checkpoint's own name
+    chat_template: Path | None = None  # None: the checkpoint's own
+    permit_special_tokens: bool = False  # the names of special tokens inside a prompt's text mean those tokens
+    api_keys: tuple[str, ...] = field(default=(), repr=False)  # of one tenant, "default", who is an admin
+    api_key_file: Path | None = None  # keys of several tenants (control_plane.router.key_file)
+    ssl_certfile: Path | None = None  # TLS on every listener; with it comes
+    ssl_keyfile: Path | None = None  # its private key, unless it is in the same file
+    ssl_ca_certs: Path | None = None  # clients must show a certificate that one of these has signed
+    queue_timeout_s: float = limits.QUEUE_TIMEOUT_MS / 1_000  # for a prefill worker; a longer wait is refused at once
+
+    def __post_init__(self) -> None:
+        for option, path in self._files.items():
+            if path is not None and not path.is_file():
+                raise OptionError(option, f"there is no file '{path}'")
+        if self.ssl_certfile is None and (self.ssl_keyfile or self.ssl_ca_certs):
+            raise OptionError("ssl-certfile", "is needed by --ssl-keyfile and --ssl-ca-certs")
+        if any(not key.strip() or not key.isprintable() for key in self.api_keys):
+            raise OptionError("api-key", "a key is printable and not empty")
+        if not (math.isfinite(self.queue_timeout_s) and self.queue_timeout_s > 0):
+            raise OptionError("queue-timeout", f"must be a number of seconds above 0, not {self.queue_timeout_s}")
+
+    @property
+    def _files(self) -> dict[str, Path | None]:
+        return {
+            "chat-template": self.chat_template,
+            "api-key-file": self.api_key_file,
+            "ssl-certfile": self.ssl_certfile,
+            "ssl-keyfile": self.ssl_keyfile,
+            "ssl-ca-certs": self.ssl_ca_certs,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerOptions:
     """One worker process (`triptych worker`)."""
 
@@ -119,6 +163,7 @@ class WorkerOptions:
     threads: int = 1  # of one engine step; never torch's default
     drain_timeout_s: float = limits.DRAIN_TIMEOUT_MS / 1_000
     log_level: LogLevel = LogLevel.INFO
+    log_format: LogFormat = LogFormat.AUTO
 
     def __post_init__(self) -> None:
         require_address("controller", self.controller)
@@ -139,12 +184,14 @@ class RouterOptions:
 
     controller: str
     engine: EngineOptions = field(default_factory=EngineOptions)  # the model it speaks for, the codec it asks for
+    edge: EdgeOptions = field(default_factory=EdgeOptions)
     host: str = "127.0.0.1"
     port: int = HTTP_PORT
     admin_port: int = ADMIN_PORT
     grpc_port: int = GRPC_PORT
     drain_timeout_s: float = limits.DRAIN_TIMEOUT_MS / 1_000
     log_level: LogLevel = LogLevel.INFO
+    log_format: LogFormat = LogFormat.AUTO
 
     def __post_init__(self) -> None:
         require_address("controller", self.controller)
@@ -158,6 +205,7 @@ class ControllerOptions:
 
     listen: str
     log_level: LogLevel = LogLevel.INFO
+    log_format: LogFormat = LogFormat.AUTO
 
     def __post_init__(self) -> None:
         require_address("listen", self.listen)

@@ -6,7 +6,9 @@ from control_plane.options import (
     ADMIN_PORT,
     GRPC_PORT,
     HTTP_PORT,
+    EdgeOptions,
     EngineOptions,
+    LogFormat,
     LogLevel,
     OptionError,
     require_at_least,
@@ -30,6 +32,7 @@ class ServeOptions:
     """A whole cluster on one machine (`triptych serve`)."""
 
     engine: EngineOptions = field(default_factory=EngineOptions)
+    edge: EdgeOptions = field(default_factory=EdgeOptions)
     host: str = "127.0.0.1"
     port: int = HTTP_PORT
     admin_port: int = ADMIN_PORT
@@ -40,6 +43,7 @@ class ServeOptions:
     mixed: int = 0
     drain_timeout_s: float = limits.DRAIN_TIMEOUT_MS / 1_000
     log_level: LogLevel = LogLevel.INFO
+    log_format: LogFormat = LogFormat.AUTO
 
     def __post_init__(self) -> None:
         require_ports({"port": self.port, "admin-port": self.admin_port, "grpc-port": self.grpc_port})

@@ -245,6 +245,8 @@ def _submit(key: int, request: ValidatedRequest) -> Submit:
         token_ids=request.token_ids,
         sampling=request.sampling,
         tenant=request.tenant,
+        cache_salt=request.cache_salt,
+        ttft_slo_ms=request.ttft_slo_ms,
         deadline_ms=request.deadline_ms,
         codec=request.codec,
         kl_budget=request.kl_budget,

@@ -16,19 +16,26 @@ from engine.types import FinishReason, SamplingParams, TokenLogprobs
 class Submit:
     """A validated request. `key` is minted by the edge, never reused. Exactly one `Ended` follows.
 
-    `tenant` keys the prefix cache: KV is shared within one tenant and never across two. A client's `cache_salt` is
-    part of it by the time it gets here.
+    `tenant` is who asked, by their key: capacity is shared out among tenants, and cached KV never is. A client's
+    `cache_salt` divides its tenant's cache further; together they are the `cache_scope` that workers know.
     """
 
     key: int
     token_ids: tuple[int, ...]
     sampling: SamplingParams
     tenant: str = ""
+    cache_salt: str = ""
     deadline_ms: int = 0
+    ttft_slo_ms: int | None = None  # a first token after that is of no use: refused early rather than served late
     codec: str = ""  # how its KV shall travel (`encodings.Wish`); the deployment's default when empty
     kl_budget: float | None = None  # likewise
     choices: int = 1  # `n`: they share one prompt, one prefill and one transfer
     priority: int = 0  # lower is placed and runs earlier
+
+    @property
+    def cache_scope(self) -> str:
+        """Whose cached KV it may use. Injective: no salt of one tenant spells another one's name."""
+        return f"{self.tenant}/{self.cache_salt}" if self.cache_salt else self.tenant
 
 
 @dataclass(frozen=True, slots=True)

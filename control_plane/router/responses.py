@@ -26,6 +26,8 @@ class BodyTooSlow(InvalidArgument):
 # -- errors ------------------------------------------------------------------------------------------------------------
 HTTP_STATUS: Final[Mapping[Status, int]] = {
     Status.INVALID_ARGUMENT: 400,
+    Status.UNAUTHENTICATED: 401,
+    Status.PERMISSION_DENIED: 403,
     Status.RESOURCE_EXHAUSTED: 429,
     Status.UNAVAILABLE: 503,
     Status.DEADLINE_EXCEEDED: 504,
@@ -37,6 +39,8 @@ HTTP_STATUS: Final[Mapping[Status, int]] = {
 HTTP_STATUS_OF: Final[Mapping[type[InvalidArgument], int]] = {NotFound: 404, BodyTooLarge: 413, BodyTooSlow: 408}
 ERROR_TYPES: Final[Mapping[int, str]] = {
     400: "BadRequestError",
+    401: "AuthenticationError",
+    403: "PermissionDeniedError",
     404: "NotFoundError",
     405: "MethodNotAllowedError",
     408: "RequestTimeoutError",
@@ -73,6 +77,8 @@ def error_value(status: int, message: str, param: str | None = None) -> dict[str
 async def send_error(send: Send, error: TriptychError, label: str) -> None:
     status = http_status(error)
     headers = [(b"x-request-id", label.encode())] if label else []
+    if status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
     if status in RETRYABLE:
         headers.append((b"retry-after", retry_after(error.retry_after_ms or limits.RETRY_AFTER_MS)))
     if isinstance(error, BodyTooLarge | BodyTooSlow):

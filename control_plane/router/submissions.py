@@ -34,7 +34,7 @@ class Submission:
 
     def __post_init__(self) -> None:
         self.outputs = tuple([] for _ in range(self.submit.choices))
-        self.hashes = BlockHashes(self.submit.tenant, self.submit.token_ids)
+        self.hashes = BlockHashes(self.submit.cache_scope, self.submit.token_ids)
 
     @property
     def over(self) -> bool:

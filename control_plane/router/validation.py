@@ -89,7 +89,10 @@ class ValidatedRequest:
     deadline_ms: int = limits.REQUEST_DEADLINE_MS  # what is left of it: reading and checking have had their share
     codec: str = ""  # how its KV travels; "": the deployment's default
     kl_budget: float | None = None  # nats per token that it may lose on the way; None: likewise
-    tenant: str = ""  # who may share this request's KV: nobody with another one
+    tenant: str = ""  # who asks: capacity is shared out among tenants, cached KV never is
+    cache_salt: str = ""  # divides its tenant's cached KV further
+    ttft_slo_ms: int | None = None  # the first token is of no use after that
+    tpot_slo_ms: int | None = None  # a target for each further one; judged, not enforced
     choices: int = 1
     priority: int = 0  # lower is earlier
     stop: tuple[str, ...] = ()
@@ -103,6 +106,7 @@ class ValidatedRequest:
     include_usage: bool = False
     continuous_usage: bool = False
     label: str = ""  # the client's own id: printed, never a key
+    chat: bool = False  # it was asked for as a conversation, and is answered as one
     constraint_field: str = ""  # which of the fields for one holds the constraint: for whoever finds a fault in it
 
 
@@ -302,7 +306,7 @@ def read_answer(fields: Fields) -> dict[str, Any]:
         "return_token_ids": boolean(fields, "return_token_ids"),
         "tokens_as_ids": boolean(fields, "return_tokens_as_token_ids"),
         "priority": integer(fields, "priority", 0, -limits.PRIORITY_MAX, limits.PRIORITY_MAX),
-        "tenant": _tenant(fields),
+        "cache_salt": _cache_salt(fields),
     }
 
 
@@ -314,14 +318,14 @@ def _stop(fields: Fields) -> tuple[str, ...]:
     return strings(fields, "stop", limits.STOP_STRINGS_MAX, limits.STOP_STRING_CHARACTERS_MAX)
 
 
-def _tenant(fields: Fields) -> str:
-    """A salt parts its users from everybody else; `user` is a name in the client's own books and parts nobody."""
+def _cache_salt(fields: Fields) -> str:
+    """A salt parts its users from others of their tenant; `user` is a name in the client's own books and parts none."""
     salt = fields.get("cache_salt")
     if salt is None:
         return ""
     if type(salt) is not str or not 1 <= len(salt) <= limits.CACHE_SALT_CHARACTERS_MAX:
         raise refuse("cache_salt", f"must be a string of 1 to {limits.CACHE_SALT_CHARACTERS_MAX} characters")
-    return f"salt:{salt}"
+    return salt
 
 
 def check_fit(request: ValidatedRequest) -> None:

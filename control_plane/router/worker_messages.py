@@ -20,7 +20,7 @@ def prefill(request: LiveRequest, *, deadline_ms: int) -> pb.Prefill:
         prompt_tokens=len(request.submit.token_ids),
         sampling=sampling_to_wire(request.submission.sampling),
         deadline_ms=deadline_ms,
-        tenant=request.submit.tenant,
+        tenant=request.submit.cache_scope,
         choices=request.choices,
         priority=request.submit.priority,
     )
@@ -37,7 +37,7 @@ def reserve(request: LiveRequest, worker: Worker, *, deadline_ms: int) -> pb.Res
         prompt_tokens=len(request.submit.token_ids),
         sampling=sampling_to_wire(request.submission.sampling),
         deadline_ms=deadline_ms,
-        tenant=request.submit.tenant,
+        tenant=request.submit.cache_scope,
         choices=_choices(request),
         **_encoding(request),
         priority=request.submit.priority,

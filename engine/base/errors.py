@@ -2,6 +2,8 @@
 
     TriptychError
     +-- InvalidArgument      400  the request can never succeed; names the field and the limit
+    +-- Unauthenticated      401  no key, or none of ours
+    +-- PermissionDenied     403  a key of ours that does not open this
     +-- ResourceExhausted    429  admission said no; retry after `retry_after_ms`
     +-- Unavailable          503  no worker of a needed role; retry after `retry_after_ms`
     +-- DeadlineExceeded     504  the request's own time ran out
@@ -21,6 +23,8 @@ class Status(StrEnum):
     """How a request ended, in the words every wire uses. Stable: part of the wire."""
 
     INVALID_ARGUMENT = "invalid_argument"
+    UNAUTHENTICATED = "unauthenticated"
+    PERMISSION_DENIED = "permission_denied"
     RESOURCE_EXHAUSTED = "resource_exhausted"
     UNAVAILABLE = "unavailable"
     DEADLINE_EXCEEDED = "deadline_exceeded"
@@ -54,6 +58,18 @@ class InvalidArgument(TriptychError):
 
 class NotFound(InvalidArgument):
     """A name in the request (a model, a request id) is not one of ours."""
+
+
+class Unauthenticated(TriptychError):
+    """Nobody knows who asks."""
+
+    status = Status.UNAUTHENTICATED
+
+
+class PermissionDenied(TriptychError):
+    """It is known who asks, and they may not."""
+
+    status = Status.PERMISSION_DENIED
 
 
 class ResourceExhausted(TriptychError):

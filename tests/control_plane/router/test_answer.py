@@ -97,7 +97,7 @@ async def test_the_core_is_asked_for_as_many_choices_and_their_priority_and_tena
     router.core.script = says(*((choice, [5], LENGTH) for choice in range(4)))
     await router.complete(n=4, best_of=4, priority=-3, cache_salt="s")
     submit = router.core.submits[0]
-    assert (submit.choices, submit.priority, submit.tenant) == (4, -3, "salt:s")
+    assert (submit.choices, submit.priority, submit.cache_salt) == (4, -3, "s")
 
 
 async def test_choices_that_the_core_says_nothing_of_end_with_the_request() -> None:

@@ -140,7 +140,7 @@ async def test_every_field_means_what_it_means_over_http(served: Server) -> None
     assert await validate(request_fields(message)) == await validate(fields)
     assert [response async for response in served.stub.Generate(message)]
     (submit,) = served.router.core.submits
-    assert (submit.token_ids, submit.choices, submit.priority, submit.tenant) == ((2, 3), 2, -2, "salt:s")
+    assert (submit.token_ids, submit.choices, submit.priority, submit.cache_salt) == ((2, 3), 2, -2, "s")
     assert (submit.codec, submit.kl_budget) == ("int8", 0.0)
 
 

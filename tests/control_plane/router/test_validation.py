@@ -307,9 +307,11 @@ async def test_fields_of_the_answer_reach_the_request(name: str, value: Any, att
 async def test_a_salt_parts_tenants_and_a_user_does_not() -> None:
     validator = make_validator()
     alike = [{}, {"user": "alice"}, {"user": "bob"}]
-    assert {(await validator.validate({"prompt": [1], **fields})).tenant for fields in alike} == {""}
+    assert {(await validator.validate({"prompt": [1], **fields})).cache_salt for fields in alike} == {""}
     salts = ["a", "b", "x" * 128]
-    assert len({(await validator.validate({"prompt": [1], "cache_salt": salt})).tenant for salt in salts} - {""}) == 3
+    assert (
+        len({(await validator.validate({"prompt": [1], "cache_salt": salt})).cache_salt for salt in salts} - {""}) == 3
+    )
 
 
 async def test_echo_asks_for_scores_of_the_prompt_and_the_larger_wish_wins() -> None:
