@@ -13,13 +13,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench import engine_speed, overlap, quality, quiet_engine, router_cost, stream_cost, wire
+from bench import engine_speed, overlap, overload, quality, quiet_engine, router_cost, stream_cost, wire
 from bench.figures import Figure, save
 from bench.readme import README, refreshed
 
 BENCHES: dict[str, Callable[[], Coroutine[Any, Any, list[Figure]]]] = {
     "engine_speed": engine_speed.measure,
     "overlap": overlap.measure,
+    "overload": overload.measure,
     "quality": quality.measured_and_drawn,
     "quiet_engine": quiet_engine.measure,
     "router_cost": router_cost.measure,

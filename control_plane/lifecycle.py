@@ -1,11 +1,10 @@
-"""What every process of ours does the same way: logs, signals, and not outliving the one who started it.
+"""What every process of ours does the same way: heeds signals, and does not outlive the one who started it.
 
-Not here: what a process is for.
+Not here: what a process is for, and how it logs (`logs`).
 """
 
 import asyncio
 import contextlib
-import logging
 import os
 import signal
 import sys
@@ -18,14 +17,6 @@ REPEAT_WITHIN_S = 1.0  # a supervisor that signals everybody, and the launcher t
 STATUS_BUG = 1
 STATUS_MISTAKE = 2  # of the person who started us: to start the same again is no remedy
 STATUS_AT_ONCE = 130  # ended without the orderly way
-
-
-def configure_logging(process: str, level: str) -> None:
-    """key=value lines on standard error; the process's name on each, because a launcher mixes them."""
-    line = f"%(asctime)s.%(msecs)03d %(levelname)-7s {process} %(name)s: %(message)s"
-    logging.basicConfig(stream=sys.stderr, level=level.upper(), format=line, datefmt="%H:%M:%S", force=True)
-    for chatty in ("httpx", "uvicorn"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)  # a line per probe says nothing
 
 
 class Shutdown:

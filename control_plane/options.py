@@ -97,7 +97,7 @@ class EngineOptions:
     def __post_init__(self) -> None:
         require_at_least("block-size", self.block_size, 1)
         require_at_least("layers-per-group", self.layers_per_group, 1)
-        require_at_least("step-tokens", self.step_tokens, 1)
+        require_at_least("max-num-batched-tokens", self.step_tokens, 1)
         if self.max_model_len is not None:
             require_at_least("max-model-len", self.max_model_len, 2)  # a prompt token and an answer token
         if self.kv_cache_mib is not None:
@@ -134,8 +134,8 @@ class EdgeOptions:
                 raise OptionError(option, f"there is no file '{path}'")
         if self.ssl_certfile is None and (self.ssl_keyfile or self.ssl_ca_certs):
             raise OptionError("ssl-certfile", "is needed by --ssl-keyfile and --ssl-ca-certs")
-        if any(not key.strip() or not key.isprintable() for key in self.api_keys):
-            raise OptionError("api-key", "a key is printable and not empty")
+        if not all(map(is_key, self.api_keys)):
+            raise OptionError("api-key", "a key is made of printable ASCII without spaces")
         if not (math.isfinite(self.queue_timeout_s) and self.queue_timeout_s > 0):
             raise OptionError("queue-timeout", f"must be a number of seconds above 0, not {self.queue_timeout_s}")
 
@@ -211,6 +211,11 @@ class ControllerOptions:
         require_address("listen", self.listen)
 
 
+def is_key(text: str) -> bool:
+    """What every client can put into a header, and every protocol carries alike."""
+    return bool(text) and text.isascii() and text.isprintable() and " " not in text
+
+
 def require_at_least(option: str, value: int, low: int) -> None:
     if value < low:
         raise OptionError(option, f"must be at least {low}, not {value}")
@@ -223,7 +228,7 @@ def _require_plugin(option: str, registry: Registry[Any], name: str, *others: st
 
 def require_drain(seconds: float) -> None:
     if not (math.isfinite(seconds) and seconds >= 0):
-        raise OptionError("drain-timeout-s", f"must be a number of seconds, 0 or more, not {seconds}")
+        raise OptionError("drain-timeout", f"must be a number of seconds, 0 or more, not {seconds}")
 
 
 def require_ports(ports: dict[str, int]) -> None:

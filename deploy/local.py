@@ -13,6 +13,7 @@ import contextlib
 import logging
 import os
 import signal
+import ssl
 import sys
 import time
 from collections import deque
@@ -23,9 +24,12 @@ import httpx
 
 from control_plane import addresses
 from control_plane.codec_choice import choose_profile
-from control_plane.lifecycle import LIFELINE_VARIABLE, STATUS_BUG, STATUS_MISTAKE, Shutdown, configure_logging
+from control_plane.lifecycle import LIFELINE_VARIABLE, STATUS_BUG, STATUS_MISTAKE, Shutdown
+from control_plane.logs import configure_logging
 from control_plane.model_choice import choose_model
-from control_plane.options import EngineOptions, OptionError
+from control_plane.options import EdgeOptions, OptionError
+from control_plane.router.key_file import read_keys
+from deploy.children import edge_arguments, edge_environment, engine_arguments, inherited
 from deploy.cores import CoreShare, share_cores
 from deploy.options import ServeOptions, WorkerSpec
 
@@ -46,7 +50,7 @@ class Child:
 
     name: str
     arguments: Sequence[str]
-    environment: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict, repr=False)  # the router's holds keys
     process: asyncio.subprocess.Process | None = None
     started_s: deque[float] = field(default_factory=lambda: deque(maxlen=RESTARTS_MAX))
 
@@ -70,7 +74,7 @@ class Child:
         self.process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "triptych", *self.arguments),
             stdin=asyncio.subprocess.PIPE,
-            env={**os.environ, **self.environment, LIFELINE_VARIABLE: "1"},
+            env={**inherited(os.environ), **self.environment, LIFELINE_VARIABLE: "1"},
             start_new_session=True,  # Ctrl-C reaches the launcher alone, which ends the others in order
         )
 
@@ -111,9 +115,10 @@ class LocalCluster:
         self.controller = self._child("controller", ["controller", "--listen", self._controller_address])
         shares = share_cores(sorted(os.sched_getaffinity(0)), options.workers)
         self.workers = [self._worker(spec, share) for spec, share in zip(options.workers, shares, strict=True)]
-        self.router = self._child("router", self._router_arguments())
+        self.router = self._child("router", self._router_arguments(), edge_environment(options.edge))
         self._watchers: list[asyncio.Task[None]] = []
         self.failed = asyncio.Event()
+        self.unready = ""  # what the last probe met
         self.exit_status = 0  # what `failed` means for whoever started us
 
     def _hold(self, option: str, host: str, port: int) -> int:
@@ -129,26 +134,30 @@ class LocalCluster:
 
     @property
     def url(self) -> str:
-        return f"http://{addresses.authority(self.options.host, self.options.port)}"
+        return f"{self._scheme}://{addresses.authority(self.options.host, self.options.port)}"
 
     @property
     def admin_url(self) -> str:
-        return f"http://{addresses.authority(self.options.host, self.options.admin_port)}"
+        return f"{self._scheme}://{addresses.authority(self.options.host, self.options.admin_port)}"
+
+    @property
+    def _scheme(self) -> str:
+        return "https" if self.options.edge.ssl_certfile else "http"
 
     def child(self, name: str) -> Child:
         return next(child for child in self.children if child.name == name)
 
     # -- what to run ---------------------------------------------------------------------------------------------------
-    def _child(self, name: str, arguments: Sequence[str]) -> Child:
-        level = ["--log-level", self.options.log_level.value]
-        return Child(name, [*arguments, *level], self._environments.get(name, {}))
+    def _child(self, name: str, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Child:
+        log_flags = ["--log-level", self.options.log_level.value, "--log-format", self.options.log_format.value]
+        return Child(name, [*arguments, *log_flags], {**(environment or {}), **self._environments.get(name, {})})
 
     def _worker(self, spec: WorkerSpec, share: CoreShare) -> Child:
         roles = [argument for role in sorted(spec.roles) for argument in ("--role", role.value)]
         arguments = [
             *("worker", "--name", spec.name, "--controller", self._controller_address, *roles),
             *("--cores", ",".join(map(str, share.engine_cores)), "--threads", str(share.threads)),
-            *("--drain-timeout-s", str(self.options.drain_timeout_s)),
+            *("--drain-timeout", str(self.options.drain_timeout_s)),
             *engine_arguments(self.options.engine),
         ]
         return self._child(spec.name, arguments)
@@ -158,8 +167,9 @@ class LocalCluster:
         return [
             *("router", "--controller", self._controller_address, "--host", options.host),
             *("--port", str(options.port), "--admin-port", str(options.admin_port)),
-            *("--grpc-port", str(options.grpc_port), "--drain-timeout-s", str(options.drain_timeout_s)),
+            *("--grpc-port", str(options.grpc_port), "--drain-timeout", str(options.drain_timeout_s)),
             *engine_arguments(options.engine),
+            *edge_arguments(options.edge),
         ]
 
     # -- lifetime ------------------------------------------------------------------------------------------------------
@@ -171,7 +181,7 @@ class LocalCluster:
 
     async def wait_ready(self, timeout_s: float = READY_TIMEOUT_S) -> None:
         """Until `GET /ready` says that a request would succeed. Raises TimeoutError, or RuntimeError on a failure."""
-        async with asyncio.timeout(timeout_s), _probing() as client:
+        async with asyncio.timeout(timeout_s), _probing(self.options.edge) as client:
             while not await self._is_ready(client):
                 if self.failed.is_set():
                     raise RuntimeError("a process of the cluster cannot be started")
@@ -179,10 +189,12 @@ class LocalCluster:
 
     async def _is_ready(self, client: httpx.AsyncClient) -> bool:
         try:
-            ready = (await client.get(f"{self.url}/ready")).status_code == httpx.codes.OK
-        except httpx.TransportError:
+            answer = await client.get(f"{self.url}/ready")
+        except httpx.TransportError as error:
+            self.unready = f"{self.url}: {error}"
             return False
-        return ready and self.router.alive  # an answer on our port need not be ours
+        self.unready = f"{self.url}/ready says {answer.status_code}"
+        return answer.status_code == httpx.codes.OK and self.router.alive  # an answer on our port need not be ours
 
     async def _watch(self, child: Child, *, restart: bool) -> None:
         """The owner of a child's restarts."""
@@ -216,48 +228,50 @@ class LocalCluster:
         for watcher in self._watchers:
             watcher.cancel()
         await asyncio.gather(*self._watchers, return_exceptions=True)
-        timeout_s = self.options.drain_timeout_s + KILL_AFTER_S
-        ended = [await self.router.end(timeout_s)]
-        ended += await asyncio.gather(*(worker.end(timeout_s) for worker in self.workers))
+        ended = [await self.router.end(self.options.drain_timeout_s + KILL_AFTER_S)]
+        ended += await asyncio.gather(
+            *(worker.end(KILL_AFTER_S) for worker in self.workers)
+        )  # nobody asks them any more
         ended += [await self.controller.end(KILL_AFTER_S)]
         self._held_ports.close()
         return all(ended)
 
 
-def _probing() -> httpx.AsyncClient:
+def _probing(edge: EdgeOptions) -> httpx.AsyncClient:
     """Straight to our own machine, whatever http_proxy says."""
-    return httpx.AsyncClient(trust_env=False, timeout=PROBE_TIMEOUT_S)
+    return httpx.AsyncClient(trust_env=False, timeout=PROBE_TIMEOUT_S, verify=_own_certificate(edge))
 
 
-def engine_arguments(engine: EngineOptions) -> list[str]:
-    """The flags that give a child these very options."""
-    values = {
-        "--model": engine.model,
-        "--executor": engine.executor.value,
-        "--dtype": engine.dtype.value,
-        "--block-size": engine.block_size,
-        "--max-model-len": engine.max_model_len,
-        "--kv-cache-mib": engine.kv_cache_mib,
-        "--codec": engine.codec,
-        "--kl-budget": engine.kl_budget,
-        "--profile": engine.profile,
-        "--layers-per-group": engine.layers_per_group,
-        "--step-tokens": engine.step_tokens,
-        "--device": engine.device.value,
-        "--batching": engine.batching,
-        "--tbt-slo-ms": engine.tbt_slo_ms,
-    }
-    arguments = [text for flag, value in values.items() if value is not None for text in (flag, str(value))]
-    return arguments if engine.prefix_cache else [*arguments, "--no-prefix-cache"]
+def _own_certificate(edge: EdgeOptions) -> ssl.SSLContext | bool:
+    """For the process that we have started ourselves: its certificate is for the name that clients use, which need not
+    lead here, and nothing secret is asked or believed. Where clients must show a certificate we show the same one."""
+    if edge.ssl_certfile is None:
+        return True
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    if edge.ssl_ca_certs is not None:
+        context.load_cert_chain(edge.ssl_certfile, edge.ssl_keyfile)
+    return context
 
 
 def serve(options: ServeOptions) -> int:
     """`triptych serve`: run until told to end; the exit status. Raises `OptionError` before any process starts."""
-    configure_logging("serve", options.log_level)
+    configure_logging("serve", options.log_level, options.log_format)
     # Converted once, with somebody watching, before every process of the cluster would do it.
     model = choose_model(options.engine, progress=lambda message: print(message, flush=True))
     choose_profile(options.engine, model.schema)  # a mistake in it is every worker's
+    _require_edge(options.edge)
     return asyncio.run(_serve(options))
+
+
+def _require_edge(edge: EdgeOptions) -> None:
+    """What the router would refuse, a second later and in the middle of the others' lines."""
+    read_keys(edge)
+    if edge.ssl_certfile is not None:
+        from control_plane.router.tls import Tls  # and with it grpc, which a launcher does without
+
+        Tls.of(edge)
 
 
 async def _serve(options: ServeOptions) -> int:
@@ -284,7 +298,7 @@ async def _run(cluster: LocalCluster, shutdown: Shutdown) -> int:
             _announce(cluster, time.monotonic() - started_s)
             await asyncio.wait((failed, asked), return_when=asyncio.FIRST_COMPLETED)
         elif not asked.done():
-            log.error("the cluster did not become ready")
+            log.error("the cluster did not become ready: %s", cluster.unready)
         return 0 if asked.done() else cluster.exit_status or STATUS_BUG
     finally:
         for task in (failed, asked, ready):
@@ -295,7 +309,16 @@ async def _run(cluster: LocalCluster, shutdown: Shutdown) -> int:
 def _announce(cluster: LocalCluster, seconds: float) -> None:
     print(
         f"\nTriptych is ready after {seconds:.1f} s: {cluster.url}  (admin {cluster.admin_url})\n"
-        f"  curl {cluster.url}/v1/completions -H 'content-type: application/json' \\\n"
-        '    -d \'{"prompt": "The capital of France is", "max_tokens": 16, "temperature": 0}\'\n',
+        f"  {_curl(cluster.options.edge)} {cluster.url}/v1/chat/completions -H 'content-type: application/json' \\\n"
+        '    -d \'{"messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 32}\'\n'
+        f"  triptych chat --url {cluster.url}\n",
         flush=True,
     )
+
+
+def _curl(edge: EdgeOptions) -> str:
+    """With what this router asks of a client; a key only ever by the name of a variable."""
+    trust = " --cacert CA.pem" if edge.ssl_certfile else ""
+    certificate = " --cert CLIENT.pem" if edge.ssl_ca_certs else ""
+    key = ' -H "authorization: Bearer $TRIPTYCH_API_KEY"' if edge.api_keys or edge.api_key_file else ""
+    return f"curl{trust}{certificate}{key}"

@@ -14,6 +14,7 @@ lexer's budget; so a sequence whose copy fails gets one matcher of its own, and 
 `check_constraint` is what the router's edge asks. Neither torch nor the model's vocabulary is needed for that.
 """
 
+import functools
 import json
 import math
 from collections import OrderedDict
@@ -53,10 +54,16 @@ def check_constraint(constraint: Constraint) -> None:
     go of the GIL while it compiles and computes (measured: another thread is never held up for more than 25 ms).
     """
     try:
-        matcher = _compile(constraint, LLTokenizer(TokenizerWrapper(_Bytes())))
+        matcher = _compile(constraint, _byte_tokenizer())
         _mask(matcher)
     except ConstraintFailed as error:
         raise InvalidArgument(f"constraint: {error}", field="constraint") from None
+
+
+@functools.cache
+def _byte_tokenizer() -> LLTokenizer:
+    """Made once: that costs more than checking most constraints does."""
+    return LLTokenizer(TokenizerWrapper(_Bytes()))
 
 
 class _Bytes:

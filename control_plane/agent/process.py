@@ -22,7 +22,8 @@ from control_plane.agent.memory import free_bytes
 from control_plane.agent.trace import Trace, TracedMachine
 from control_plane.agent.tuning import exempt_from_collection, leave_to_engine, settle_interpreter
 from control_plane.codec_choice import choose_codecs, travels_raw
-from control_plane.lifecycle import Shutdown, configure_logging
+from control_plane.lifecycle import Shutdown
+from control_plane.logs import configure_logging
 from control_plane.model_choice import ModelChoice, choose_model
 from control_plane.options import Device, EngineOptions, ExecutorKind, WorkerOptions
 from engine.base.asyncio_host import AsyncioHost, JobPool
@@ -59,7 +60,7 @@ KV_BYTES_DEFAULT_MAX = 1 << 30  # a worker on a shared machine should not take i
 
 
 def main(options: WorkerOptions) -> int:
-    configure_logging(options.name, options.log_level)
+    configure_logging(options.name, options.log_level, options.log_format)
     settle_interpreter()
     use_calling_thread()
     leave_to_engine(options.cores)
@@ -152,15 +153,15 @@ class _Worker:
             on_crash=self._shutdown.crash,
         )
         self._host.start()
-        log.info(
-            "worker ready id=%s roles=%s address=%s columns=%d codecs=%s load_s=%.1f",
-            core.config.worker_id,
-            "+".join(sorted(role.value for role in core.config.roles)),
-            core.config.address,
-            core.config.columns,
-            ",".join(self._codecs.names()),
-            time.monotonic() - started_s,
-        )
+        ready = {
+            "worker": core.config.worker_id,
+            "roles": sorted(role.value for role in core.config.roles),
+            "address": core.config.address,
+            "columns": core.config.columns,
+            "codecs": self._codecs.names(),
+            "load_s": round(time.monotonic() - started_s, 1),
+        }
+        log.info("worker ready", extra=ready)
         if travels_raw(self._options.engine, self._codecs):
             log.warning("KV travels raw: no level of --codec is known to keep within --kl-budget with this model")
         return True
@@ -171,7 +172,7 @@ class _Worker:
         try:
             await asyncio.wait((asked, loaded), timeout=LOAD_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
             if not (self._loaded.is_set() or asked.done()):
-                log.error("the model was not loaded after_s=%.0f", LOAD_TIMEOUT_S)
+                log.error("the model was not loaded", extra={"after_s": LOAD_TIMEOUT_S})
                 self._shutdown.crash(TimeoutError())
             return self._loaded.is_set() and not asked.done()
         finally:
@@ -228,7 +229,7 @@ class _Worker:
             async with asyncio.timeout(timeout_s):
                 await self._drained.wait()
         except TimeoutError:
-            log.warning("drain timed out after_s=%.1f", timeout_s)
+            log.warning("drain timed out", extra={"after_s": timeout_s})
 
 
 def count_tasks() -> int:
@@ -245,7 +246,7 @@ def _batching(options: WorkerOptions, model: ModelChoice) -> Batching:
     engine = options.engine
     step_time = _step_time(options, model)
     if engine.tbt_slo_ms is not None and step_time is None:
-        log.warning("no step times of this model: run `triptych fit`; steps have step_tokens=%d", engine.step_tokens)
+        log.warning("no step times of this model: run `triptych fit`", extra={"step_tokens": engine.step_tokens})
     return build(
         engine.batching,
         step_tokens=engine.step_tokens,
@@ -321,5 +322,6 @@ def _columns(options: EngineOptions, model: ModelChoice) -> int:
     columns = max(1, budget_bytes // column_bytes)
     longest = -(-model.max_model_len // options.block_size) + 1
     if columns < longest:
-        log.warning("no room for a request of %d tokens kv_cache_mib=%d", model.max_model_len, budget_bytes >> 20)
+        room = {"tokens": model.max_model_len, "kv_cache_mib": budget_bytes >> 20}
+        log.warning("no room for the longest request", extra=room)
     return min(columns, max(longest, COLUMNS_DEFAULT_MAX))

@@ -1,4 +1,4 @@
-"""The bytes of one completion, streamed or whole, from what the edge has to say about its request.
+"""The bytes of one answer, streamed or whole, from what the edge has to say about its requests.
 
     streamed   one event per delta; what became readable together is sent together. The last event carries `triptych`.
     whole      every choice's deltas joined, choices in order
@@ -7,39 +7,71 @@ A streamed token of a plain request costs one JSON string between two constant p
 probabilities, token ids, echoed prompts, endings) is a dict like that of a whole answer, so that both say the same.
 
 Response headers wait for the first delta, so that a request which fails before it gets its true status.
+
+What does not belong here: what a completion and a chat look like (`completion_format`, `chat_format`).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
+import msgspec
 from starlette.types import Send
 
 from control_plane.router.choice import Delta, joined
-from control_plane.router.logprobs import LogprobsFormat, Score, prompt_scores, text_offsets
 from control_plane.router.request_stream import News, RequestStream
-from control_plane.router.requests import Ended, PromptScored, RequestStats
+from control_plane.router.requests import Ended, PromptScored
 from control_plane.router.responses import encode_json, error_body, event, last, part, send_error, send_whole, start
-from control_plane.router.validation import ValidatedRequest
-from control_plane.router.vocabulary import Vocabulary
+from control_plane.router.several_prompts import PromptStreams
+from control_plane.router.slo import told_to_client
+
+Fields = Mapping[str, Any]
+
+
+class Format(Protocol):
+    """What differs between a completion and a chat: names, and how a choice's text is wrapped."""
+
+    id_prefix: str
+    whole_object: str
+    chunk_object: str
+    before_text: bytes  # of a chunk's choice that is nothing but text, after its index
+    after_text: bytes
+    plain: bool  # nothing but text until the end
+
+    def scored(self, pieces: Sequence[PromptScored]) -> None:
+        """All pieces of a prompt come before its first delta."""
+
+    def opening(self) -> Sequence[Fields]:
+        """The chunks before the first delta."""
+
+    def chunk(self, delta: Delta) -> Fields:
+        """A chunk's own fields: its one choice, and what is said beside it."""
+
+    def whole(self, choices: Sequence[Delta]) -> Fields:
+        """A whole answer's own fields: its choices, in order, and what is said beside them."""
 
 
 class Answer:
-    """One request's answer. What does not change between tokens is encoded once."""
+    """One call's answer. What does not change between tokens is encoded once."""
 
-    def __init__(self, stream: RequestStream, created: int, model: str, vocabulary: Vocabulary) -> None:
-        self._stream = stream
-        self._request = request = stream.request
-        self._head = {"id": f"cmpl-{stream.id}", "object": "text_completion", "created": created, "model": model}
-        self._choices = ChoiceFormat(request, vocabulary)
-        self._plain = not (  # nothing but text until the end
-            request.echo_text is not None or request.sampling.logprobs is not None or request.return_token_ids
-        )
-        # {"id":...,"model":...,"choices":[{"index":0,"text":  "..."  ,"logprobs":null,...}],"usage":  null  }
-        before = b"data: " + encode_json(self._head)[:-1] + b',"choices":[{"index":'
-        self._before_text = [before + b'%d,"text":' % choice for choice in range(request.choices)]
-        self._after_text = b',"logprobs":null,"finish_reason":null,"stop_reason":null}],"usage":'
+    def __init__(self, streams: PromptStreams, answer_format: Format, created: int, model: str, label: str) -> None:
+        self._streams = streams
+        self._format = answer_format
+        self._label = label
+        self._request = request = streams.streams[0].request  # of several prompts all have the same fields
+        self._prompt_tokens = sum(len(stream.request.token_ids) for stream in streams.streams)
         self._completion_tokens = 0
+        named = {"created": created, "model": model}
+        id = f"{answer_format.id_prefix}{streams.id}"
+        self._whole_head = {"id": id, "object": answer_format.whole_object, **named}
+        self._chunk_head = {"id": id, "object": answer_format.chunk_object, **named}
+        # {"id":...,"model":...,"choices":[{"index":0,"text":  "..."  ,"logprobs":null,...}],"usage":  null  }
+        before = b"data: " + encode_json(self._chunk_head)[:-1] + b',"choices":[{"index":'
+        self._before_text = [
+            before + b"%d" % choice + answer_format.before_text
+            for choice in range(len(streams.streams) * request.choices if request.stream else 0)
+        ]
+        self._after_text = answer_format.after_text + b'}],"usage":'
+        self._plain = answer_format.plain
         self.started = False  # being sent
 
     # -- streamed ------------------------------------------------------------------------------------------------------
@@ -51,22 +83,25 @@ class Answer:
             return
         self.started = True
         await send(start(200, b"text/event-stream; charset=utf-8", self._headers()))
+        opening = [event(self._chunk_value(fields)) for fields in self._format.opening()]
+        if opening:
+            await send(part(b"".join(opening)))
         while news.ended is None:
             await send(part(b"".join(map(self.chunk, news.deltas))))
-            news = await self._stream.next()
+            news = self._heard(await self._streams.next())
         await send(last(b"".join((*self._last_events(news.deltas, news.ended), b"data: [DONE]\n\n"))))
 
     def chunk(self, delta: Delta) -> bytes:
         """One event. The hot path: no dict, one string encoded."""
         self._completion_tokens += len(delta.token_ids)
         if delta.finish is not None or not self._plain:
-            return event(self._chunk_value(delta))
+            return event(self._chunk_value(self._format.chunk(delta)))
         usage = encode_json(self._usage()) if self._request.continuous_usage else b"null"
         return b"".join((self._before_text[delta.choice], encode_json(delta.text), self._after_text, usage, b"}\n\n"))
 
-    def _chunk_value(self, delta: Delta) -> dict[str, Any]:
+    def _chunk_value(self, fields: Fields) -> dict[str, Any]:
         usage = self._usage() if self._request.continuous_usage else None
-        return {**self._head, "choices": [self._choices.value(delta)], "usage": usage}
+        return {**self._chunk_head, **fields, "usage": usage}
 
     def _last_events(self, deltas: Sequence[Delta], ended: Ended) -> Iterator[bytes]:
         """Everything that came with the ending, and the usage if asked for: `triptych` rides on whichever is last."""
@@ -77,134 +112,71 @@ class Answer:
         *before, delta = deltas
         yield from map(self.chunk, before)
         self._completion_tokens += len(delta.token_ids)
-        final, statistics = self._chunk_value(delta), {"triptych": ended.stats}
+        final, figures = self._chunk_value(self._format.chunk(delta)), {"triptych": self._figures()}
         if self._request.include_usage:
             yield event(final)
-            yield event({**self._head, "choices": [], "usage": self._usage(ended.stats)} | statistics)
+            yield event({**self._chunk_head, "choices": [], "usage": self._final_usage(), **figures})
         else:
-            yield event(final | statistics)
+            yield event(final | figures)
 
     # -- whole ---------------------------------------------------------------------------------------------------------
     async def whole(self, send: Send) -> None:
-        deltas: list[list[Delta]] = [[] for _ in range(self._request.choices)]
+        deltas: list[list[Delta]] = [[] for _ in range(len(self._streams.streams) * self._request.choices)]
         news = await self._first()
         while True:
             for delta in news.deltas:
                 deltas[delta.choice].append(delta)
             if news.ended is not None:
                 break
-            news = await self._stream.next()
+            news = self._heard(await self._streams.next())
         if news.ended.error is not None:
             await send_error(send, news.ended.error, self._label)
             return
-        body = encode_json(self._whole_value(list(map(joined, deltas)), news.ended.stats))
+        body = encode_json(self._whole_value(list(map(joined, deltas))))
         headers = self._headers()
         self.started = True
         await send_whole(send, 200, body, headers)
 
-    def _whole_value(self, choices: list[Delta], stats: RequestStats) -> dict[str, Any]:
+    def _whole_value(self, choices: Sequence[Delta]) -> dict[str, Any]:
         self._completion_tokens = sum(len(choice.token_ids) for choice in choices)
-        return {
-            **self._head,
-            "choices": [self._choices.value(choice) for choice in choices],
-            "usage": self._usage(stats),
-            "triptych": stats,
-        }
+        fields = self._format.whole(choices)
+        return {**self._whole_head, **fields, "usage": self._final_usage(), "triptych": self._figures()}
 
     # -- both ----------------------------------------------------------------------------------------------------------
     async def _first(self) -> News:
         """The first news that a client can be told; scores of the prompt are told with the first token."""
-        scored: list[PromptScored] = []
-        news = await self._stream.next()
-        while True:
-            scored += news.scored
-            if news.deltas or news.ended is not None:
-                self._choices.open(scored)
-                return news
-            news = await self._stream.next()
+        news = self._heard(await self._streams.next())
+        while not news.deltas and news.ended is None:
+            news = self._heard(await self._streams.next())
+        return news
 
-    def _usage(self, stats: RequestStats | None = None) -> dict[str, Any]:
-        """`stats` are known at the end only: before it nobody may be told how much of the prompt was cached."""
-        prompt_tokens, completion_tokens = len(self._request.token_ids), self._completion_tokens
-        usage: dict[str, Any] = {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": completion_tokens,
-            "total_tokens": prompt_tokens + completion_tokens,
+    def _heard(self, news: News) -> News:
+        if news.scored:
+            self._format.scored(news.scored)
+        return news
+
+    def _usage(self) -> dict[str, Any]:
+        """Until the end nobody may be told how much of the prompt was cached."""
+        return {
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": self._completion_tokens,
+            "total_tokens": self._prompt_tokens + self._completion_tokens,
         }
-        return usage if stats is None else usage | {"prompt_tokens_details": {"cached_tokens": stats.cached_tokens}}
 
-    @property
-    def _label(self) -> str:
-        return self._request.label or self._stream.id
+    def _final_usage(self) -> dict[str, Any]:
+        cached_tokens = sum(stream.stats.cached_tokens for stream in self._streams.streams)
+        return self._usage() | {"prompt_tokens_details": {"cached_tokens": cached_tokens}}
+
+    def _figures(self) -> dict[str, Any]:
+        """`triptych`: of one prompt an object, of several one for each."""
+        figures = [figures_of(stream) for stream in self._streams.streams]
+        return figures[0] if len(figures) == 1 else {"prompts": figures}
 
     def _headers(self) -> list[tuple[bytes, bytes]]:
         return [(b"x-request-id", self._label.encode()), (b"cache-control", b"no-cache")]
 
 
-@dataclass(frozen=True, slots=True)
-class Opening:
-    """What the first delta of a choice says of the prompt."""
-
-    text: str = ""
-    token_ids: Sequence[int] = ()
-    scores: Sequence[Score] = ()
-    offsets: Sequence[int] = ()
-    fields: Mapping[str, Any] = field(default_factory=dict)
-
-
-class ChoiceFormat:
-    """One element of `choices`, from a delta, or from a choice's deltas joined."""
-
-    def __init__(self, request: ValidatedRequest, vocabulary: Vocabulary) -> None:
-        self._request = request
-        self._vocabulary = vocabulary
-        self._logprobs = LogprobsFormat(vocabulary, as_ids=request.tokens_as_ids)
-        self._opening = self._nothing = Opening()
-        self._opened: set[int] = set()  # choices whose first delta is written
-
-    def open(self, scored: Sequence[PromptScored]) -> None:
-        """All that is known of the prompt is here; comes before the first delta."""
-        request = self._request
-        scores = prompt_scores(len(request.token_ids), scored)
-        fields: dict[str, Any] = {}
-        if request.prompt_logprobs is not None:
-            fields["prompt_logprobs"] = self._logprobs.prompt(request.token_ids, scores, request.prompt_logprobs)
-        if request.return_token_ids:
-            fields["prompt_token_ids"] = request.token_ids
-        if request.echo_text is None:
-            self._opening = Opening(fields=fields)
-        elif request.sampling.logprobs is None:
-            self._opening = Opening(request.echo_text, fields=fields)
-        else:
-            self._opening = Opening(request.echo_text, request.token_ids, scores, self._prompt_offsets(), fields)
-
-    def value(self, delta: Delta) -> dict[str, Any]:
-        opening = self._nothing if delta.choice in self._opened else self._opening
-        self._opened.add(delta.choice)
-        value = {
-            "index": delta.choice,
-            "text": opening.text + delta.text,
-            "logprobs": self._lists(opening, delta),
-            "finish_reason": delta.finish.value if delta.finish is not None else None,
-            "stop_reason": delta.stop,
-            **opening.fields,
-        }
-        if self._request.return_token_ids:
-            value["token_ids"] = delta.token_ids
-        return value
-
-    def _lists(self, opening: Opening, delta: Delta) -> dict[str, Any] | None:
-        count = self._request.sampling.logprobs
-        if count is None:
-            return None
-        return self._logprobs.completion(
-            [*opening.token_ids, *delta.token_ids],
-            [*opening.scores, *delta.logprobs],
-            [*opening.offsets, *delta.offsets],
-            count,
-        )
-
-    def _prompt_offsets(self) -> list[int]:
-        request = self._request
-        detokenizer = self._vocabulary.detokenizer(frozenset(), skip_special_tokens=request.skip_special_tokens)
-        return text_offsets(request.token_ids, detokenizer)
+def figures_of(stream: RequestStream) -> dict[str, Any]:
+    """What a client may read of how one prompt was served."""
+    core: dict[str, Any] = msgspec.to_builtins(stream.stats)
+    return core | told_to_client(stream)

@@ -4,27 +4,35 @@ The router owns a request's position, its attempts and its one ending. Workers r
 router forwards position n once, only from the attempt that it has bound. So doubt (an ack lost, a worker frozen and
 woken) costs work, never a wrong or doubled token.
 
-    Submit -> admission -> queue -> Prefill at P -> NEAR_TURN -> Reserve at D -> RESERVED -> Bind at P
+    Submit -> admission -> fair queue -> Prefill at P -> NEAR_TURN -> Reserve at D -> RESERVED -> Bind at P
            -> TOKEN 0 from P (or again from D, whichever is first) -> Committed -> TOKENS from D -> Ended
 
 A client's request is a *submission*; what workers know are *requests*, one for all of its choices until they fork.
 
+Requests wait here, not at workers: what a worker was given can no longer be overtaken. Every wait ends: in the queue
+(`queue_timeout_ms`), for a worker of a role (`worker_wait_ms`), for a sign of life (`no_progress_ms`), in all
+(`deadline_ms`).
+
 Not here: HTTP, gRPC, text (the edge), what a worker does with a message, who is alive (links and the controller say),
-which worker is best (`placement`).
+which worker is best (`placement`), whose turn it is (`request_queue`), who may have how much (`shares`).
 """
 
-import heapq
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import Final
 
 from control_plane.router import worker_messages
 from control_plane.router.absences import Absences
-from control_plane.router.admission import Admission
+from control_plane.router.admission import Admission, Refusal
 from control_plane.router.admission import Config as AdmissionConfig
+from control_plane.router.alarms import Alarms
+from control_plane.router.decode_memory import DecodeMemory
+from control_plane.router.drain_rate import DrainRate
 from control_plane.router.encodings import Wish
 from control_plane.router.live_request import LiveRequest, Placement, Stage
-from control_plane.router.placement import Placer
+from control_plane.router.placement import Choice, Placer
 from control_plane.router.request_queue import RequestQueue
 from control_plane.router.requests import (
     Cancel,
@@ -36,6 +44,7 @@ from control_plane.router.requests import (
     TokensReady,
     WorkerView,
 )
+from control_plane.router.shares import Shares
 from control_plane.router.submissions import Submission
 from control_plane.router.workers import LINK_PREFIX, Worker, WorkerPool
 from control_plane.wire import session_pb2 as pb
@@ -57,10 +66,11 @@ from engine.base.errors import (
 )
 from engine.base.machine import Close, Dial, LinkLost, LinkName, LinkUp, Received, Send, Started, Tick
 from engine.commands import SampledToken
-from engine.types import FinishReason
+from engine.types import FinishReason, Role
 from kv_transfer.codecs import RAW
 
 CONTROLLER: LinkName = "controller"
+GROWTH_TOKENS: Final = limits.GROWTH_RESERVE_TOKENS  # output is metered, and its memory counted, so many at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +86,13 @@ class Config:
     kl_budget: float | None = None  # likewise
     requests_max: int = limits.ROUTER_REQUESTS_MAX
     queued_tokens_max: int = limits.ROUTER_QUEUED_TOKENS_MAX
+    tenants: int = 1  # that there are keys for; with one, nothing is shared out
     deadline_ms: int = limits.REQUEST_DEADLINE_MS
+    queue_timeout_ms: int = limits.QUEUE_TIMEOUT_MS
+    no_progress_ms: int = limits.NO_PROGRESS_MS
     worker_wait_ms: int = limits.WORKER_WAIT_MS
     attempts_max: int = limits.ATTEMPTS_MAX
+    prefill_ahead_tokens: int = limits.PREFILL_AHEAD_TOKENS
 
 
 class RouterCore:
@@ -86,15 +100,24 @@ class RouterCore:
         self.config = config
         self.pool = WorkerPool()
         self.counters: Counter[tuple[str, str]] = Counter()  # (name, label) -> count
-        self._placer = Placer(self.pool, Wish(config.codec, config.kl_budget))
+        wish = Wish(config.codec, config.kl_budget)
+        self._placer = Placer(self.pool, wish, prefill_ahead_tokens=config.prefill_ahead_tokens)
         self._absences = Absences(self.pool, config.worker_wait_ms)
         self._submissions: dict[int, Submission] = {}  # by key
         self._requests: dict[int, LiveRequest] = {}
-        self._queue = RequestQueue()
-        admission = AdmissionConfig(requests_max=config.requests_max, queued_tokens_max=config.queued_tokens_max)
-        self._admission = Admission(admission, self.pool, self._queue, self._absences)
-        self._seeking: dict[int, LiveRequest] = {}  # in QUEUED or RESERVING: those that a timer may have to move
-        self._deadlines: list[tuple[int, int]] = []  # heap of (deadline_us, key); ended ones are skipped
+        self._queue = RequestQueue(Shares(config.queued_tokens_max, tenants=config.tenants))
+        self._decode_memory = DecodeMemory(self.pool, tenants=config.tenants)
+        self._drain_rate = DrainRate()
+        admission = AdmissionConfig(
+            requests_max=config.requests_max, queue_timeout_ms=config.queue_timeout_ms, tenants=config.tenants
+        )
+        self._admission = Admission(admission, self.pool, self._queue, self._absences, self._drain_rate)
+        self._fair = config.tenants > 1
+        self._may_place = False  # something has changed since nobody more could be placed
+        self._seeking: dict[int, LiveRequest] = {}  # in RESERVING: those that may have to ask again
+        self._deadlines = Alarms(self._deadline_us)  # of submissions, by key
+        self._queue_timeouts = Alarms(self._queue_timeout_us)  # likewise
+        self._silences = Alarms(self._silence_us)  # of requests, by id
         self._arrivals = 0
         self._last_id = 0
         self._controller: Session | None = None
@@ -115,7 +138,7 @@ class RouterCore:
     # -- the machine ---------------------------------------------------------------------------------------------------
     def step(self, event: object, now_us: int) -> Sequence[object]:
         actions = self._dispatch(event, now_us)
-        return [*actions, *self._place_queued(now_us)] if self._queue else actions
+        return [*actions, *self._place_queued(now_us)] if self._may_place and self._queue else actions
 
     def _dispatch(self, event: object, now_us: int) -> list[object]:
         match event:
@@ -146,10 +169,8 @@ class RouterCore:
 
     @property
     def next_deadline_us(self) -> int | None:
-        while self._deadlines and self._deadlines[0][1] not in self._submissions:
-            heapq.heappop(self._deadlines)
         deadlines = [self._redial_controller_us, self._absences.next_deadline_us]
-        deadlines += [self._deadlines[0][0] if self._deadlines else None]
+        deadlines += [alarms.next_us for alarms in (self._deadlines, self._queue_timeouts, self._silences)]
         deadlines += [worker.redial_us for worker in self.pool if worker.session is None]
         deadlines += [request.retry_us for request in self._seeking.values()]
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
@@ -159,12 +180,12 @@ class RouterCore:
         if self._redial_controller_us is not None and self._redial_controller_us <= now_us:
             actions += self._dial_controller()
         actions += self._dial_workers(now_us)
-        while self._deadlines and self._deadlines[0][0] <= now_us:
-            submission = self._submissions.get(heapq.heappop(self._deadlines)[1])
-            if submission is not None:
-                *_, newest = submission.requests.values()
-                error = DeadlineExceeded(f"deadline passed while {newest.stage.value}")
-                actions += self._end(submission, now_us, error=error)
+        for key in self._deadlines.ring(now_us):
+            actions += self._on_deadline(self._submissions[key], now_us)
+        for key in self._queue_timeouts.ring(now_us):
+            actions += self._on_queue_timeout(self._submissions[key], now_us)
+        for request_id in self._silences.ring(now_us):
+            actions += self._on_silence(self._requests[request_id], now_us)
         actions += self._give_up(now_us)
         for request in list(self._seeking.values()):
             if request.retry_us is not None and request.retry_us <= now_us:
@@ -172,6 +193,50 @@ class RouterCore:
                 request.refused.clear()
                 actions += self._choose_target(request, now_us)
         return actions
+
+    # -- deadlines -----------------------------------------------------------------------------------------------------
+    def _deadline_us(self, key: int) -> int | None:
+        submission = self._submissions.get(key)
+        return None if submission is None else submission.deadline_us
+
+    def _on_deadline(self, submission: Submission, now_us: int) -> list[object]:
+        *_, newest = submission.requests.values()
+        error = DeadlineExceeded(f"deadline passed while {newest.stage.value}")
+        return self._end(submission, now_us, error=error)
+
+    def _queue_timeout_us(self, key: int) -> int | None:
+        """Not of one that some worker was given: it would cost its client what it has waited for, and others nothing
+        would be saved."""
+        submission = self._submissions.get(key)
+        if submission is None or submission.placed:
+            return None
+        return submission.submitted_us + 1_000 * self._admission.wait_ms(submission.submit)
+
+    def _on_queue_timeout(self, submission: Submission, now_us: int) -> list[object]:
+        refusal = self._admission.waited_too_long(submission.submit)
+        return self._end(submission, now_us, error=self._count_refusal(refusal))
+
+    def _silence_us(self, request_id: int) -> int | None:
+        """When a worker that has something to do for it should have said something."""
+        request = self._requests.get(request_id)
+        if request is None or not request.is_watched:
+            return None
+        token_ms = limits.NO_PROGRESS_TOKEN_MS * request.context_tokens
+        return request.heard_us + 1_000 * (self.config.no_progress_ms + token_ms)
+
+    def _on_silence(self, request: LiveRequest, now_us: int) -> list[object]:
+        """As if the worker were lost. The KV's source is trusted with another target once its prefill is known to be
+        done."""
+        self.counters["no_progress", request.stage.value] += 1
+        request.silent_in = request.stage
+        sent = request.moving or any(request.submission.outputs[choice] for choice in request.choices)
+        if request.stage is Stage.RESERVING or (request.stage is Stage.TRANSFER and sent):
+            return self._rebind(request, now_us)
+        if request.stage is Stage.DECODE and request.target is not None:
+            request.silent_at = request.target.worker
+        if request.source is not None:
+            request.failed_at = request.source.worker
+        return self._restart(request, now_us)
 
     # -- roles that nobody holds ---------------------------------------------------------------------------------------
     def _give_up(self, now_us: int) -> list[object]:
@@ -239,7 +304,10 @@ class RouterCore:
         worker.redial_us = now_us + limits.REDIAL_DELAY_MS * 1_000
         holders = self._at(worker.id)
         actions = [action for request in holders for action in self._on_holder_lost(request, worker, now_us)]
-        worker.prefill_tokens = worker.bound = 0
+        worker.backlog.clear()
+        worker.urgent.clear()
+        worker.bound = 0
+        self._may_place = True
         self._placer.forget(worker)
         self.pool.forget_unlisted(worker)
         return actions
@@ -280,6 +348,7 @@ class RouterCore:
             case "status":
                 self.pool.on_status_untrusted(worker, envelope.status)
                 self._absences.note(now_us)
+                self._may_place = True
                 return []
             case "first_token":
                 return self._on_first_token(worker, envelope.first_token, now_us)
@@ -306,47 +375,85 @@ class RouterCore:
         request = LiveRequest(0, submission, tuple(range(submit.choices)))
         refusal = self._admission.refusal(request)
         if refusal is not None:
-            self.counters["rejections", refusal.status.value] += 1
-            return [Ended(key=submit.key, error=refusal, stats=submission.stats)]
+            return [Ended(key=submit.key, error=self._count_refusal(refusal), stats=submission.stats)]
         self._arrivals += 1
         self._submissions[submit.key] = submission
-        self._admission.choices += submit.choices
+        self._admission.choices.take(submit.tenant, submit.choices)
         self.counters["requests_by_n", str(submit.choices)] += 1
         submission.stats.attempts = 1
-        heapq.heappush(self._deadlines, (submission.deadline_us, submit.key))
+        submission.meter = self._queue.meter(submit.tenant)
+        self._deadlines.watch(submit.key)
+        self._queue_timeouts.watch(submit.key)
         whole = not request.is_group or self._admission.fits(request)
         for part in [request] if whole else self._divided(request):
-            self._enqueue(self._adopt(part))
+            self._enqueue(self._adopt(part), now_us)
         return []
 
-    def _enqueue(self, request: LiveRequest) -> None:
-        self._enter(request, Stage.QUEUED)
+    def _count_refusal(self, refusal: Refusal) -> TriptychError:
+        self.counters["rejections", refusal.reason] += 1
+        return refusal.error
+
+    def _enqueue(self, request: LiveRequest, now_us: int) -> None:
+        self._enter(request, Stage.QUEUED, now_us)
         self._queue.put(request)
+        self._may_place = True
 
     def _place_queued(self, now_us: int) -> list[object]:
-        """Send the queue's head to prefill workers while there are any. A worker's own queue is its business."""
+        """Give prefill workers what they need to stay busy, in turn. What they do not need yet can still be overtaken
+        here."""
         actions: list[object] = []
-        while self._queue and (choice := self._placer.prefill(self._queue.head)) is not None:
-            request = self._queue.head
-            self._queue.remove(request)
-            self.counters["placements", f"prefill_{choice.reason}"] += 1
-            request.prefill_load_tokens = choice.missing_tokens
-            actions.append(self._prefill_at(request, choice.worker, now_us))
+        placed_tokens = 0
+        while (found := self._next_placement()) is not None:
+            request, choice = found
+            placed_tokens += len(request.token_ids)
+            actions.append(self._prefill_at(request, choice, now_us))
+        waiting = bool(self._queue) and bool(self.pool.holding(Role.PREFILL))
+        self._drain_rate.note(placed_tokens, waiting=waiting, now_us=now_us)
+        self._may_place = False
         return actions
 
-    def _prefill_at(self, request: LiveRequest, worker: Worker, now_us: int) -> Send:
-        self._enter(request, Stage.PREFILL)
+    def _next_placement(self) -> tuple[LiveRequest, Choice] | None:
+        """Whoever's turn it is, at its best worker. While that has no room, it waits, and others may pass.
+
+        A tenant that came back after a while is *urgent*: it also goes before prompts that workers were given earlier.
+        """
+        if not self._placer.has_room_anywhere(urgent=self._fair):
+            return None
+        for request in islice(self._queue.in_turn(self._decode_memory.holds_back), limits.PLACEMENT_TRIES_MAX):
+            urgent = self._fair and self._queue.is_behind(request)
+            choice = self._placer.prefill(request)
+            if choice is not None and self._placer.has_room(choice.worker, urgent=urgent):
+                request.priority = -urgent if self._fair else request.submit.priority
+                return request, choice
+        return None
+
+    def _prefill_at(self, request: LiveRequest, choice: Choice, now_us: int) -> Send:
+        worker = choice.worker
+        self._queue.place(request, choice.missing_tokens)
+        self._decode_memory.take(request)
+        self._enter(request, Stage.PREFILL, now_us)
         request.source = Placement(worker.id, request.next_attempt())
         request.context_tokens = len(request.token_ids)
         request.encoding = None
-        request.submission.stats.prefill_worker = worker.id
-        worker.prefill_tokens += request.prefill_load_tokens
+        request.near_turn = False
+        request.silent_in = None
+        self._load_prefill(request, choice)
         self._placer.prompt_sent(request, worker)
+        self._note_placement(request, choice, now_us)
         prefill = worker_messages.prefill(request, deadline_ms=self._remaining_ms(request, now_us))
         return self._send(worker, prefill=prefill)
 
+    def _note_placement(self, request: LiveRequest, choice: Choice, now_us: int) -> None:
+        submission = request.submission
+        submission.stats.prefill_worker = choice.worker.id
+        self.counters["placements", f"prefill_{choice.reason}"] += 1
+        if not submission.placed:
+            submission.mark("placed", now_us)
+            if waited_ms := (now_us - submission.submitted_us) // 1_000:
+                self.counters["queue_wait_ms", ""] += waited_ms
+
     def _on_prompt_scored(self, worker: Worker, message: pb.PromptScored, now_us: int) -> list[object]:
-        request = self._from_source(worker, message)
+        request = self._from_source(worker, message, now_us)
         if request is None:
             return []
         scores = scores_from_wire_untrusted(message)
@@ -364,11 +471,13 @@ class RouterCore:
 
     # -- late binding --------------------------------------------------------------------------------------------------
     def _on_near_turn(self, worker: Worker, message: pb.NearTurn, now_us: int) -> list[object]:
-        request = self._from_source(worker, message)
+        request = self._from_source(worker, message, now_us)
         if request is None or request.stage is not Stage.PREFILL:
             return []
         request.submission.note_cached(message.cached_tokens)
         request.submission.mark("near_turn", now_us)
+        request.near_turn = True
+        self._silences.watch(request.id)
         if not (request.needs_target and request.submission.scored):
             # Scores come before tokens. Over another link a target's token 0 could be faster than the source's last
             # scores, so a prompt is bound once it is scored (`_on_prompt_scored`).
@@ -377,9 +486,9 @@ class RouterCore:
 
     def _seek_target(self, request: LiveRequest, now_us: int, *, avoid: str | None = None) -> list[object]:
         """Ask decode workers in turn; `avoid` has just failed, so it is the last resort (reliability B1)."""
-        self._enter(request, Stage.RESERVING)
+        self._enter(request, Stage.RESERVING, now_us)
         request.target = None
-        request.refused = set() if avoid is None else {avoid}
+        request.refused = {each for each in (avoid, request.silent_at) if each}
         return self._choose_target(request, now_us)
 
     def _choose_target(self, request: LiveRequest, now_us: int) -> list[object]:
@@ -402,16 +511,18 @@ class RouterCore:
         if request.is_group:
             request.children = {each: self._mint_id() for each in request.choices}
         if choice.worker is source:
-            return self._bind_local(request, source)
+            return self._bind_local(request, source, now_us)
+        request.heard_us = now_us
+        self._silences.watch(request.id)
         request.encoding = self._placer.encoding(request, source, choice.worker)
         return [self._reserve(request, choice.worker, now_us)]
 
-    def _bind_local(self, request: LiveRequest, source: Worker) -> list[object]:
+    def _bind_local(self, request: LiveRequest, source: Worker, now_us: int) -> list[object]:
         """The source decodes too: one sequence under two attempt numbers, until token 0 has been heard from either."""
         bind = self._send(source, bind=worker_messages.bind_local(request))
         if request.is_group:
-            return [bind, *self._fork(request)]
-        self._enter(request, Stage.DECODE)
+            return [bind, *self._fork(request, now_us)]
+        self._enter(request, Stage.DECODE, now_us)
         return [bind]
 
     def _reserve(self, request: LiveRequest, worker: Worker, now_us: int) -> Send:
@@ -419,7 +530,7 @@ class RouterCore:
         return self._send(worker, reserve=reserve)
 
     def _on_reserved(self, worker: Worker, message: pb.Reserved, now_us: int) -> list[object]:
-        request = self._from_target(worker, message)
+        request = self._from_target(worker, message, now_us)
         if request is None or request.stage is not Stage.RESERVING:
             return []
         if message.skip_tokens > request.context_tokens:
@@ -427,13 +538,14 @@ class RouterCore:
         assert request.source is not None
         source = self.pool.get(request.source.worker)
         assert source is not None
-        self._enter(request, Stage.TRANSFER)
+        self._enter(request, Stage.TRANSFER, now_us)
+        request.silent_in = None
         if not request.moving:
             request.submission.stats.skipped_tokens = min(message.skip_tokens, len(request.submit.token_ids))
         return [self._send(source, bind=worker_messages.bind(request, worker, message))]
 
     def _on_refused(self, worker: Worker, message: pb.Refused, now_us: int) -> list[object]:
-        request = self._from_target(worker, message)
+        request = self._from_target(worker, message, now_us)
         if request is None or request.stage is not Stage.RESERVING:
             return []
         if message.reason not in pb.Refusal.values():
@@ -448,7 +560,7 @@ class RouterCore:
 
     # -- tokens --------------------------------------------------------------------------------------------------------
     def _on_first_token(self, worker: Worker, message: pb.FirstToken, now_us: int) -> list[object]:
-        request = self._from_source(worker, message)
+        request = self._from_source(worker, message, now_us)
         if request is None:
             return []
         token = first_token_from_wire_untrusted(message)
@@ -487,13 +599,22 @@ class RouterCore:
             self.counters["token_gaps", ""] += 1
             return self._restart(request, now_us)
         if not output:
-            submission.mark("token", now_us)
+            self._note_first_token(submission, now_us)
         output.append(token.token_id)
+        request.heard_us = now_us
+        if not token.position % GROWTH_TOKENS and token.position:
+            submission.meter.tokens += GROWTH_TOKENS * limits.OUTPUT_TOKEN_WEIGHT
+            self._decode_memory.grow(request)
         logprobs = (token.logprobs,) if asked and token.logprobs is not None else ()
         ready = TokensReady(submission.submit.key, (token.token_id,), choice, token.finish, logprobs)
         if (group := self._leave_group(request)) is not None:
             self._disband(group)
         return [ready, *(self._finish(request, choice, token.finish, now_us) if token.finish else ())]
+
+    def _note_first_token(self, submission: Submission, now_us: int) -> None:
+        """Of some choice."""
+        if submission.first("token", now_us):
+            self._admission.service_time.note(now_us - submission.marks_us["placed"])
 
     def _finish(self, request: LiveRequest, choice: int, finish: FinishReason, now_us: int) -> list[object]:
         """One choice is over, and well. With the last one all is. In a group it is only noted: the others go on."""
@@ -515,7 +636,7 @@ class RouterCore:
 
     def _on_committed(self, worker: Worker, message: pb.Committed, now_us: int) -> list[object]:
         """The target has everything: the source's loss no longer matters."""
-        request = self._from_target(worker, message)
+        request = self._from_target(worker, message, now_us)
         if request is None or request.stage is not Stage.TRANSFER:
             return []
         self._unload_prefill(request)
@@ -523,8 +644,8 @@ class RouterCore:
         self._note_transfer(request, message, now_us)
         request.moving = False
         if request.is_group:
-            return self._fork(request)
-        self._enter(request, Stage.DECODE)
+            return self._fork(request, now_us)
+        self._enter(request, Stage.DECODE, now_us)
         request.source = None
         return []
 
@@ -538,7 +659,7 @@ class RouterCore:
         self.counters["kv_transfers", message.codec] += 1
 
     # -- groups --------------------------------------------------------------------------------------------------------
-    def _fork(self, group: LiveRequest) -> list[object]:
+    def _fork(self, group: LiveRequest, now_us: int) -> list[object]:
         """The group's KV is where it decodes, or will be without a further word: each choice goes on for itself.
 
         The group keeps its attempt numbers until it is over: a source that is its own target speaks under both.
@@ -547,6 +668,7 @@ class RouterCore:
         worker = self.pool.get(group.target.worker)
         assert worker is not None
         actions: list[object] = []
+        children: list[LiveRequest] = []
         for choice in group.choices:
             child = group.child(choice)
             worker.bound += 1
@@ -555,8 +677,10 @@ class RouterCore:
                 continue
             if not group.submission.outputs[choice]:
                 child.group, group.forks[choice] = group, child
-            self._adopt(child)
-        self._enter(group, Stage.FORKED)
+            children.append(self._adopt(child))
+            self._enter(child, Stage.DECODE, now_us)
+        self._decode_memory.divide(group, children)
+        self._enter(group, Stage.FORKED, now_us)
         if not group.forks:
             self._disband(group)
         return actions
@@ -591,7 +715,7 @@ class RouterCore:
         if message.reason not in pb.Relocate.Reason.values():
             raise FrameError("relocate")
         failed = message.reason == pb.Relocate.TRANSFER_FAILED
-        request = self._from_source(worker, message) if failed else self._from_target(worker, message)
+        request = self._from_source(worker, message, now_us) if failed else self._from_target(worker, message, now_us)
         if request is None or request.stage is Stage.FORKED:
             # It holds KV that nobody wants any more. One such: its target committed, and the answer was lost.
             return [self._send(worker, abort=pb.Abort(request=message.request, attempt=message.attempt))]
@@ -645,6 +769,7 @@ class RouterCore:
 
     def _start_over(self, request: LiveRequest, now_us: int) -> list[object]:
         actions = self._abort_everywhere(request)
+        self._give_back(request)
         request.moving = False
         request.retry_us = None
         parts = [request]
@@ -653,7 +778,7 @@ class RouterCore:
             parts = [self._adopt(part) for part in self._divided(request)]
         request.choices = request.open_choices
         for part in parts:
-            self._enqueue(part)
+            self._enqueue(part, now_us)
         return [*actions, *(action for part in parts for action in self._end_if_stranded(part, now_us))]
 
     def _is_spent(self, request: LiveRequest) -> bool:
@@ -664,6 +789,8 @@ class RouterCore:
 
     def _spent(self, request: LiveRequest) -> TriptychError:
         text = f"given up after {request.losses} lost placements"
+        if request.silent_in is not None:
+            return DeadlineExceeded(f"{text}: no progress while {request.silent_in.value}")
         poisonous = request.engine_failures >= limits.ENGINE_FAILURES_MAX
         return Internal(text) if poisonous else Unavailable(text, retry_after_ms=limits.RETRY_AFTER_MS)
 
@@ -680,7 +807,9 @@ class RouterCore:
         while submission.requests:
             actions += self._drop(next(iter(submission.requests.values())))
         del self._submissions[submission.submit.key]
-        self._admission.choices -= submission.submit.choices
+        self._admission.choices.give(submission.submit.tenant, submission.submit.choices)
+        unmetered = sum(len(output) % GROWTH_TOKENS for output in submission.outputs)
+        submission.meter.tokens += unmetered * limits.OUTPUT_TOKEN_WEIGHT
         submission.stats.phase_ms = submission.phases_ms(now_us)
         return [*actions, Ended(key=submission.submit.key, finish=finish, error=error, stats=submission.stats)]
 
@@ -721,22 +850,35 @@ class RouterCore:
     def _forget(self, request: LiveRequest) -> None:
         del self._requests[request.id], request.submission.requests[request.id]
         self._seeking.pop(request.id, None)
+        self._give_back(request)
 
     def _knows(self, request: LiveRequest) -> bool:
         return self._requests.get(request.id) is request
 
     def _from_source(
-        self, worker: Worker, message: pb.NearTurn | pb.PromptScored | pb.FirstToken | pb.Relocate
+        self, worker: Worker, message: pb.NearTurn | pb.PromptScored | pb.FirstToken | pb.Relocate, now_us: int
     ) -> LiveRequest | None:
         """The request this message speaks for, if it comes from the attempt that is its source now."""
         request = self._requests.get(message.request)
-        return request if request is not None and request.source == Placement(worker.id, message.attempt) else None
+        if request is None or request.source != Placement(worker.id, message.attempt):
+            return None
+        request.heard_us = now_us
+        return request
 
     def _from_target(
-        self, worker: Worker, message: pb.Reserved | pb.Refused | pb.Committed | pb.Relocate
+        self, worker: Worker, message: pb.Reserved | pb.Refused | pb.Committed | pb.Relocate, now_us: int
     ) -> LiveRequest | None:
         request = self._requests.get(message.request)
-        return request if request is not None and request.target == Placement(worker.id, message.attempt) else None
+        if request is None or request.target != Placement(worker.id, message.attempt):
+            return None
+        request.heard_us = now_us
+        return request
+
+    def _load_prefill(self, request: LiveRequest, choice: Choice) -> None:
+        request.prefill_load_tokens = choice.missing_tokens
+        choice.worker.backlog.add(request.id, choice.missing_tokens)
+        if request.priority < 0 and self._fair:
+            choice.worker.urgent.add(request.id, choice.missing_tokens)
 
     def _unload_prefill(self, request: LiveRequest) -> None:
         """The prompt is computed, or will not be: it no longer stands before others at its worker. Idempotent."""
@@ -744,8 +886,15 @@ class RouterCore:
             return
         worker = self.pool.get(request.source.worker) if request.source is not None else None
         if worker is not None:
-            worker.prefill_tokens = max(0, worker.prefill_tokens - request.prefill_load_tokens)
+            worker.backlog.remove(request.id)
+            worker.urgent.remove(request.id)
         request.prefill_load_tokens = 0
+        self._may_place = True
+
+    def _give_back(self, request: LiveRequest) -> None:
+        """What it held of its tenant's share of decode memory."""
+        self._decode_memory.give(request)
+        self._may_place = True
 
     def _unbind(self, request: LiveRequest) -> None:
         """It no longer counts as load of its target."""
@@ -753,9 +902,11 @@ class RouterCore:
         if worker is not None:
             worker.bound = max(0, worker.bound - 1)
 
-    def _enter(self, request: LiveRequest, stage: Stage) -> None:
+    def _enter(self, request: LiveRequest, stage: Stage, now_us: int) -> None:
         request.stage = stage
-        if stage in (Stage.QUEUED, Stage.RESERVING):
+        request.heard_us = now_us
+        self._silences.watch(request.id)
+        if stage is Stage.RESERVING:
             self._seeking[request.id] = request
         else:
             self._seeking.pop(request.id, None)

@@ -7,20 +7,19 @@ An entry lives from `Submit` until the core's `Ended`, also when its client left
 the workers hold nothing more. A client that does not read costs at most `unread_tokens_max` ids; then its request is
 cancelled. The core never waits for a client (DESIGN section 2, rule 4; reliability C10).
 
-What does not belong here: parsing (`validation`), reading (`request_stream`), text (`choice`), protocols (`http`,
-`inference_service`), placement (`core`).
+What does not belong here: parsing (`validation`), reading (`request_stream`), text (`choice`), what times are good
+enough (`slo`), protocols (`http`, `inference_service`), placement (`core`).
 """
 
 import asyncio
 import itertools
 import logging
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Final, Protocol
 
 from control_plane.router.choice import Choice
-from control_plane.router.fields import refuse
+from control_plane.router.fields import refuse, word
 from control_plane.router.request_stream import RequestStream
 from control_plane.router.requests import (
     Cancel,
@@ -33,7 +32,9 @@ from control_plane.router.requests import (
     TokensReady,
     WorkerView,
 )
+from control_plane.router.slo import UNJUDGED, SloVerdict, Times
 from control_plane.router.stop_strings import StopMatcher, StopStrings
+from control_plane.router.tenants import EVERYBODY, Tenant
 from control_plane.router.validation import ValidatedRequest
 from control_plane.router.vocabulary import ModelCard, Vocabulary
 from engine.base import limits
@@ -43,6 +44,7 @@ log = logging.getLogger("triptych.router")
 
 Deliver = Callable[[Submit | Stop | Cancel | ResetCache], None]
 Labels = tuple[tuple[str, str], ...]
+ID_PREFIXES: Final = ("chatcmpl-", "cmpl-")  # of ids in answers over HTTP
 
 
 class RouterState(Protocol):
@@ -66,6 +68,7 @@ class RequestRecord:
     """One ended request in figures, for metrics and the log. Times run from `Submit`; None: it never came so far."""
 
     outcome: str  # "stop", "length", or a Status
+    tenant: str = ""
     prompt_tokens: int = 0
     output_tokens: int = 0
     first_us: int | None = None
@@ -73,6 +76,7 @@ class RequestRecord:
     per_token_us: float | None = None  # mean after the first token
     total_us: int | None = None
     stats: RequestStats | None = None
+    slo: SloVerdict = UNJUDGED
 
 
 class Observer(Protocol):
@@ -126,36 +130,37 @@ class Edge:
         return self.config.read_grace_ms
 
     # -- from handlers -------------------------------------------------------------------------------------------------
-    def check_room(self) -> None:
+    def check_room(self, requests: int = 1) -> None:
         """Raises what `open` would raise. For handlers, before they read a body that nobody will look at."""
         if self._over is not None:
             raise self._over
-        if len(self._live) >= self.config.requests_max:
+        if len(self._live) + requests > self.config.requests_max:
             raise ResourceExhausted(
                 f"at most {self.config.requests_max} requests at a time", retry_after_ms=self.config.retry_after_ms
             )
 
     def open(self, request: ValidatedRequest) -> RequestStream:
         """Submit a request. Raises `ResourceExhausted`, or what `end_all` was told, before anything is started."""
-        self.check_room()
-        choices = self._choices(request)
-        stream = RequestStream(self, next(self._keys), self._mint_id(), request, choices, self._clock_us())
-        self._live[stream.key] = stream  # before `Submit`: the core may refuse it on the spot
-        self._keys_by_id[stream.id] = stream.key
-        self._deliver(_submit(stream.key, request))
-        return stream
+        return self.open_all([request])[0]
 
-    def abort(self, id: str) -> None:
-        """End a request by the id that its client was given. Unknown and ended ids are no error."""
-        stream = self._live.get(self._keys_by_id.get(id, 0))
-        if stream is not None:
+    def open_all(self, requests: Sequence[ValidatedRequest]) -> list[RequestStream]:
+        """Submit the requests of one client's call: there is room for all of them, or none is started."""
+        self.check_room(len(requests))
+        return [self._submit(request) for request in requests]
+
+    def abort(self, id: str, tenant: Tenant = EVERYBODY) -> None:
+        """End a request by the id that its client was given, whichever protocol gave it. Ids that are unknown, or
+        another tenant's, and requests that have ended are no error: the answer tells nobody which ids there are."""
+        stream = self._live.get(self._keys_by_id.get(_bare_id(id), 0))
+        if stream is not None and (tenant.admin or stream.request.tenant == tenant.name):
             stream.close("aborted by request")
 
-    def refused(self, error: TriptychError, label: str) -> None:
+    def refused(self, error: TriptychError, label: str, tenant: str = "") -> None:
         """Account for a request that never reached the core: every client's request is counted and logged once."""
-        self._observer.request_ended(RequestRecord(outcome=error.status.value))
+        self._observer.request_ended(RequestRecord(outcome=error.status.value, tenant=tenant))
         field = error.field if isinstance(error, InvalidArgument) else None
-        log.info("request refused status=%s field=%s label=%s", error.status.value, word(field or ""), word(label))
+        extra = {"status": error.status.value, "field": word(field or ""), "label": word(label), "tenant": tenant}
+        log.info("request refused", extra=extra)
 
     def reset_cache(self) -> None:
         """Every worker forgets the cached KV that no request holds."""
@@ -199,14 +204,23 @@ class Edge:
         asyncio.get_running_loop().call_soon(self.cancel, stream)
         stream.overflow()
 
+    def _submit(self, request: ValidatedRequest) -> RequestStream:
+        choices = self._choices(request)
+        stream = RequestStream(self, next(self._keys), self._mint_id(), request, choices, self._clock_us())
+        self._live[stream.key] = stream  # before `Submit`: the core may refuse it on the spot
+        self._keys_by_id[stream.id] = stream.key
+        self._deliver(_submit(stream.key, request))
+        return stream
+
     def _end(self, stream: RequestStream, ended: Ended) -> None:
         del self._live[stream.key]
         del self._keys_by_id[stream.id]
+        stream.ended_us = self._clock_us()
         stream.end(_in_clients_words(ended, stream.request))
-        record = _record(stream, ended, self._clock_us())
+        record = _record(stream, ended)
         self._observer.request_ended(record)
         if log.isEnabledFor(logging.INFO):
-            log.info("request %s", _log_line(stream, record))
+            log.info("request", extra=_log_line(stream, record))
 
     def _choices(self, request: ValidatedRequest) -> list[Choice]:
         """One per `n`; they share nothing but the stop strings' automaton."""
@@ -231,12 +245,11 @@ class Edge:
         return frozenset((*eos, *request.sampling.stop_token_ids))
 
 
-_NOT_A_WORD = re.compile(r"[^A-Za-z0-9._:/-]")
-
-
-def word(text: str) -> str:
-    """A value for one `key=value` of a log line or for a header: no spaces, no line breaks, no escapes, not long."""
-    return _NOT_A_WORD.sub("_", text[: limits.REQUEST_ID_CHARACTERS_MAX])
+def _bare_id(id: str) -> str:
+    """Of the id in an answer: over HTTP it says first what kind of answer it is."""
+    for prefix in ID_PREFIXES:
+        id = id.removeprefix(prefix)
+    return id
 
 
 def _submit(key: int, request: ValidatedRequest) -> Submit:
@@ -263,23 +276,19 @@ def _in_clients_words(ended: Ended, request: ValidatedRequest) -> Ended:
     return replace(ended, error=refuse(request.constraint_field, error.message.removeprefix("constraint: ")))
 
 
-def _record(stream: RequestStream, ended: Ended, now_us: int) -> RequestRecord:
-    def since_opened(at_us: int | None) -> int | None:
-        return None if at_us is None else at_us - stream.opened_us
-
-    longest = max(stream.tokens)  # of choices that run beside each other the time per token is each one's own
-    per_token_us = None
-    if stream.first_us is not None and longest > 1:
-        per_token_us = (stream.last_us - stream.first_us) / (longest - 1)
+def _record(stream: RequestStream, ended: Ended) -> RequestRecord:
+    times = Times.of(stream)
     return RequestRecord(
         outcome=_outcome(ended),
+        tenant=stream.request.tenant,
         prompt_tokens=len(stream.request.token_ids),
         output_tokens=sum(stream.tokens),
-        first_us=since_opened(stream.first_us),
-        second_us=since_opened(stream.second_us),
-        per_token_us=per_token_us,
-        total_us=now_us - stream.opened_us,
+        first_us=times.first_us,
+        second_us=times.second_us,
+        per_token_us=times.per_token_us,
+        total_us=times.total_us,
         stats=ended.stats,
+        slo=SloVerdict.of(stream, times, ended.error),
     )
 
 
@@ -289,12 +298,13 @@ def _outcome(ended: Ended) -> str:
     return (ended.finish or Status.INTERNAL).value
 
 
-def _log_line(stream: RequestStream, record: RequestRecord) -> str:
+def _log_line(stream: RequestStream, record: RequestRecord) -> dict[str, str | int | float | bool | None]:
     """Everything about a request that may be logged. Neither its prompt nor its output is."""
     stats = record.stats or RequestStats()
-    values = {
-        "id": stream.id,
+    return {
+        "request_id": stream.id,
         "label": word(stream.request.label),
+        "tenant": record.tenant,
         "status": record.outcome,
         "prompt_tokens": record.prompt_tokens,
         "output_tokens": record.output_tokens,
@@ -302,16 +312,16 @@ def _log_line(stream: RequestStream, record: RequestRecord) -> str:
         "first_ms": _ms(record.first_us),
         "second_ms": _ms(record.second_us),
         "total_ms": _ms(record.total_us),
+        "slo_met": record.slo.met,
         "attempts": stats.attempts,
         "prefill": word(stats.prefill_worker),
         "decode": word(stats.decode_worker),
         "codec": word(stats.codec),
-        "level": stats.level,
+        "codec_level": stats.level,
         "kv_bytes_raw": stats.kv_bytes_raw,
         "kv_bytes_wire": stats.kv_bytes_wire,
     }
-    return " ".join(f"{name}={value}" for name, value in values.items())
 
 
-def _ms(duration_us: int | None) -> str:
-    return "" if duration_us is None else f"{duration_us / 1000:.1f}"
+def _ms(duration_us: int | None) -> float | None:
+    return None if duration_us is None else round(duration_us / 1000, 1)

@@ -6,9 +6,11 @@ Every reader checks the exact JSON type: `true` is not 1, `1.0` is not an intege
 What does not belong here: which fields there are and what they mean (`validation`, `sampling_fields`, ...).
 """
 
+import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
+from engine.base import limits
 from engine.base.errors import InvalidArgument
 
 Fields = Mapping[str, Any]
@@ -64,12 +66,21 @@ def boolean(fields: Fields, name: str, default: bool = False, *, prefix: str = "
     return value
 
 
-def object_or_empty(fields: Fields, name: str) -> dict[str, Any]:
+def optional_string(fields: Fields, name: str, characters_max: int, *, prefix: str = "") -> str | None:
+    value = fields.get(name)
+    if value is None:
+        return None
+    if type(value) is not str or len(value) > characters_max:
+        raise refuse(prefix + name, f"must be a string of at most {characters_max} characters")
+    return value
+
+
+def object_or_empty(fields: Fields, name: str, *, prefix: str = "") -> dict[str, Any]:
     value = fields.get(name)
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise refuse(name, "must be an object")
+        raise refuse(prefix + name, "must be an object")
     return value
 
 
@@ -105,3 +116,11 @@ def check_token_ids(ids: list[Any], vocab_size: int, *, field: str) -> None:
         return
     if set(map(type, ids)) != {int} or min(ids) < 0 or max(ids) >= vocab_size:
         raise refuse(field, f"token ids must be integers in [0, {vocab_size - 1}]")
+
+
+_NOT_A_WORD: Final = re.compile(r"[^A-Za-z0-9._:/-]")
+
+
+def word(text: str) -> str:
+    """A value for one `key=value` of a log line or for a header: no spaces, no line breaks, no escapes, not long."""
+    return _NOT_A_WORD.sub("_", text[: limits.REQUEST_ID_CHARACTERS_MAX])

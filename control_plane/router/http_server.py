@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import resource
 import socket
+import ssl
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +38,7 @@ class Config:
     head_ms: int = limits.HTTP_HEAD_MS
     idle_ms: int = limits.HTTP_IDLE_MS
     linger_ms: int = limits.HTTP_LINGER_MS
+    stall_ms: int = limits.HTTP_STALL_MS
     stop_ms: int = limits.HTTP_STOP_MS
     pipelined_max: int = limits.HTTP_PIPELINED_MAX
 
@@ -44,7 +46,14 @@ class Config:
 class HttpServer:
     """Serves from an open socket until `stop`. The socket is closed with it."""
 
-    def __init__(self, app: ASGIApp, listening_socket: socket.socket, config: Config | None = None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        listening_socket: socket.socket,
+        config: Config | None = None,
+        *,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         config = config or Config()
         self._socket = listening_socket
         self._server = _Server(
@@ -60,6 +69,7 @@ class HttpServer:
                 proxy_headers=False,  # whose word for the client's address nobody here asks for
                 backlog=config.backlog,
                 timeout_graceful_shutdown=cast("int", config.stop_ms / 1000),
+                ssl_context_factory=None if tls is None else lambda *_: tls,
             )
         )
 
@@ -125,6 +135,7 @@ class BoundedConnection(HttpToolsProtocol):
         self.timeout_keep_alive = cast("int", bounds.idle_ms / 1000)
         self._bounds = bounds
         self._limit: asyncio.TimerHandle | None = None
+        self._stall: asyncio.TimerHandle | None = None
         self._head_bytes = 0
         self._loose_bytes = 0
         self._refusal = 400
@@ -140,6 +151,7 @@ class BoundedConnection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._unset_limit()
+        self._unset_stall()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -156,6 +168,15 @@ class BoundedConnection(HttpToolsProtocol):
             self._refuse(431)
         elif self._limit is None and not self._serving:  # the next head has begun, or a body that nobody waits for
             self._end_in(self._bounds.head_ms)
+
+    def pause_writing(self) -> None:
+        """The client reads too little. `send` waits from now on, and of small answers nobody else counts the time."""
+        super().pause_writing()
+        self._stall = self.loop.call_later(self._bounds.stall_ms / 1000, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._unset_stall()
+        super().resume_writing()
 
     def timeout_keep_alive_handler(self) -> None:
         self.transport.abort()  # not `close`, which waits for a client that may never read
@@ -219,6 +240,11 @@ class BoundedConnection(HttpToolsProtocol):
     def _end_in(self, delay_ms: int) -> None:
         self._unset_limit()
         self._limit = self.loop.call_later(delay_ms / 1000, self.transport.abort)
+
+    def _unset_stall(self) -> None:
+        if self._stall is not None:
+            self._stall.cancel()
+            self._stall = None
 
     def _unset_limit(self) -> None:
         if self._limit is not None:

@@ -1,193 +1,205 @@
-"""gRPC `triptych.v1.Inference`: translates messages to the edge's values and back, and statuses to gRPC codes.
+"""gRPC `triptych.v1.Inference`: translates messages to the edge's values and back.
 
 No decision, no timer, no retry. Limits and texts are `validation`'s, a request's life is `edge`'s: a request means the
-same over gRPC as over HTTP. Health follows readiness; reflection describes what is served.
+same over gRPC as over HTTP. How a call comes in and how it ends is `grpc_calls`'s.
 """
 
-import asyncio
-import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
-import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+import msgspec
 
 from control_plane.router.choice import Delta
-from control_plane.router.client_errors import as_ours, public_message
-from control_plane.router.edge import Edge, RouterState, word
+from control_plane.router.edge import Edge, RouterState
+from control_plane.router.fields import refuse
+from control_plane.router.grpc_calls import Context, Reception, answered, at_most, respond
+from control_plane.router.grpc_health import serves
 from control_plane.router.request_stream import News, RequestStream
-from control_plane.router.requests import PromptScored, RequestStats
-from control_plane.router.validation import Validator
+from control_plane.router.requests import PromptScored, RequestStats, WorkerView
+from control_plane.router.server_facts import ServerFacts
 from control_plane.wire import inference_pb2 as pb
 from control_plane.wire import inference_pb2_grpc as pb_grpc
+from control_plane.wire.session import WIRE_VERSION
 from engine.base import limits
-from engine.base.errors import NotFound, Status, TriptychError
 from engine.types import TokenLogprobs
 
-log = logging.getLogger("triptych.router")
-
-Context = grpc.aio.ServicerContext[Any, Any]
-
 SERVICE_NAME: Final[str] = pb.DESCRIPTOR.services_by_name["Inference"].full_name
-HEALTH_NAMES: Final = ("", SERVICE_NAME)  # both mean "takes requests": liveness is the process, and /health
-
-GRPC_CODE: Final[Mapping[Status, grpc.StatusCode]] = {
-    Status.INVALID_ARGUMENT: grpc.StatusCode.INVALID_ARGUMENT,
-    Status.UNAUTHENTICATED: grpc.StatusCode.UNAUTHENTICATED,
-    Status.PERMISSION_DENIED: grpc.StatusCode.PERMISSION_DENIED,
-    Status.RESOURCE_EXHAUSTED: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    Status.UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
-    Status.DEADLINE_EXCEEDED: grpc.StatusCode.DEADLINE_EXCEEDED,
-    Status.CANCELLED: grpc.StatusCode.CANCELLED,
-    Status.FAILED_PRECONDITION: grpc.StatusCode.FAILED_PRECONDITION,
-    Status.DATA_LOSS: grpc.StatusCode.DATA_LOSS,
-    Status.INTERNAL: grpc.StatusCode.INTERNAL,
-}
-RETRYABLE: Final = (Status.RESOURCE_EXHAUSTED, Status.UNAVAILABLE)
-
-
-def add_services(server: grpc.aio.Server, service: "InferenceService", health: "ReadinessHealth") -> None:
-    """Everything on the public gRPC port."""
-    pb_grpc.add_InferenceServicer_to_server(service, server)  # type: ignore[no-untyped-call]
-    health_pb2_grpc.add_HealthServicer_to_server(health, server)
-    names = (SERVICE_NAME, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
-    reflection.enable_server_reflection(names, server)
 
 
 class InferenceService(pb_grpc.InferenceServicer):
-    """Generate, Abort, GetModelInfo."""
+    """Generate, Abort, and what a client may want to know first."""
 
-    def __init__(self, edge: Edge, validator: Validator) -> None:
+    def __init__(self, reception: Reception, edge: Edge, state: RouterState, facts: ServerFacts) -> None:
+        self._reception = reception
         self._edge = edge
-        self._validator = validator
+        self._state = state
+        self._facts = facts
 
+    @answered
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
-        label = word(request.request_id)
-        try:
-            self._edge.check_room()
-            stream = self._edge.open(await self._validator.validate(request_fields(request), label=label))
-        except Exception as raised:
-            error = as_ours(raised)
-            self._edge.refused(error, label)
-            await abort(context, error)
+        stream = await self._reception.open(context, request.request_id, lambda: request_fields(request))
         with stream:  # also when gRPC cancels this call: the client went away
-            await self._respond(stream, context)
+            await respond(context, stream, ResponseWriter(stream))
 
+    @answered
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
-        self._edge.abort(request.id)
+        self._edge.abort(request.id, self._reception.tenant(context))
         return pb.AbortResponse()
 
+    @answered
     async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Context) -> pb.GetModelInfoResponse:
+        self._reception.tenant(context)
         card = self._edge.card
-        return pb.GetModelInfoResponse(model=card.name, max_model_len=card.max_model_len, vocab_size=card.vocab_size)
+        return pb.GetModelInfoResponse(
+            model=card.name,
+            max_model_len=card.max_model_len,
+            vocab_size=card.vocab_size,
+            eos_token_ids=card.eos_token_ids,
+            max_prompt_tokens=min(limits.PROMPT_TOKENS_MAX, card.max_model_len - 1),
+            max_choices=limits.CHOICES_MAX,
+            max_logprobs=limits.LOGPROBS_MAX,
+            model_dtype=self._facts.model_dtype,
+        )
 
-    async def _respond(self, stream: RequestStream, context: Context) -> None:
-        try:
-            async with stream.patience():
-                error = await self._write_deltas(stream, context)
-        except TimeoutError:
-            log.debug("response abandoned id=%s", stream.id)
-            await context.abort(grpc.StatusCode.CANCELLED, "the client does not read")
-        if error is not None:
-            await abort(context, error)
+    @answered
+    async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Context) -> pb.GetServerInfoResponse:
+        self._reception.tenant(context)
+        facts = self._facts
+        return pb.GetServerInfoResponse(
+            version=facts.version,
+            wire_version=WIRE_VERSION,
+            uptime_seconds=self._reception.uptime_s,
+            model=self._edge.card.name,
+            block_size=facts.block_size,
+            codecs=facts.codecs,
+            codec=facts.codec,
+            ready=self._state.ready,
+            active_requests=self._edge.in_flight,
+            max_requests=self._edge.config.requests_max,
+        )
 
-    async def _write_deltas(self, stream: RequestStream, context: Context) -> TriptychError | None:
-        answer = ResponseWriter(stream)
-        while True:
-            news = await stream.next()
-            for response in answer.responses(news):
-                await context.write(response)
-            if news.ended is not None:
-                return news.ended.error
-
-
-class ReadinessHealth(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # the base is untyped
-    """grpc.health.v1, answered from the router's readiness. While it is `watched` its owner calls `refresh` often; a
-    router that nobody watches is left to sleep."""
-
-    def __init__(self, state: RouterState) -> None:
-        self._state = state
-        self._announced = state.ready
-        self._changed = asyncio.Event()
-        self._watchers = 0
-        self._watched = asyncio.Event()
-
-    async def watched(self) -> None:
-        """Returns when, or as soon as, somebody watches."""
-        await self._watched.wait()
-
-    def refresh(self) -> None:
-        if self._state.ready is not self._announced:
-            self._announced = self._state.ready
-            self._changed.set()
-            self._changed = asyncio.Event()
-
-    async def Check(self, request: Any, context: Context) -> Any:
-        if request.service not in HEALTH_NAMES:
-            await context.abort(grpc.StatusCode.NOT_FOUND, "unknown service")
-        return self._response()
-
-    async def Watch(self, request: Any, context: Context) -> None:
-        if request.service not in HEALTH_NAMES:
-            await context.write(health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVICE_UNKNOWN))
-            return
-        with self._watching():
-            while True:
-                changed = self._changed
-                await context.write(self._response())
-                await changed.wait()  # as long as the client watches: it ends the call, or the server does
-
-    @contextmanager
-    def _watching(self) -> Iterator[None]:
-        self.refresh()  # nobody has for as long as nobody watched
-        self._watchers += 1
-        self._watched.set()
-        try:
-            yield
-        finally:
-            self._watchers -= 1
-            if not self._watchers:
-                self._watched.clear()
-
-    def _response(self) -> Any:
-        serving = health_pb2.HealthCheckResponse.SERVING
-        not_serving = health_pb2.HealthCheckResponse.NOT_SERVING
-        return health_pb2.HealthCheckResponse(status=serving if self._state.ready else not_serving)
+    @answered
+    async def GetLoads(self, request: pb.GetLoadsRequest, context: Context) -> pb.GetLoadsResponse:
+        self._reception.tenant(context)
+        workers = self._state.workers()
+        serving = [worker for worker in workers if serves(worker)]
+        return pb.GetLoadsResponse(
+            workers=map(worker_load, workers),
+            active_requests=self._edge.in_flight,
+            num_running_reqs=sum(worker.running for worker in serving),
+            num_waiting_reqs=sum(worker.waiting for worker in serving),
+            token_usage=usage(serving),
+        )
 
 
-# -- translation -------------------------------------------------------------------------------------------------------
-def request_fields(request: pb.GenerateRequest) -> dict[str, Any]:
-    """The fields that are set, under the names HTTP has for them; so both protocols share checks and error texts."""
-    fields: dict[str, Any] = {"model": request.model or None}
-    prompt = request.WhichOneof("prompt")
-    if prompt is not None:
-        fields["prompt"] = request.text if prompt == "text" else list(request.tokens.ids)
-    fields |= {name: getattr(request, name) for name in ("add_special_tokens", "cache_salt") if request.HasField(name)}
-    fields["priority"] = request.priority
-    fields["triptych"] = {
-        "codec": request.codec or None,
-        "kl_budget": request.kl_budget if request.HasField("kl_budget") else None,
-        "deadline_ms": request.deadline_ms or None,
-    }
-    return fields | sampling_fields(request.sampling)
+def worker_load(worker: WorkerView) -> pb.WorkerLoad:
+    return pb.WorkerLoad(
+        id=worker.id,
+        name=worker.name,
+        roles=worker.roles,
+        state=worker.state,
+        connected=worker.connected,
+        num_running_reqs=worker.running,
+        num_waiting_reqs=worker.waiting,
+        free_columns=worker.free_columns,
+        total_columns=worker.total_columns,
+        cached_columns=worker.cached_columns,
+    )
 
 
+def usage(workers: Sequence[WorkerView]) -> float:
+    """The part of their KV memory that is in use; cached KV that no request holds is not."""
+    total = sum(worker.total_columns for worker in workers)
+    return max(0.0, 1 - sum(worker.free_columns for worker in workers) / total) if total else 0.0
+
+
+# -- a request ---------------------------------------------------------------------------------------------------------
 OPTIONAL: Final = (  # the names are the same over HTTP
     *("temperature", "top_p", "top_k", "min_p", "seed", "max_tokens", "min_tokens", "n", "logprobs", "prompt_logprobs"),
     *("frequency_penalty", "presence_penalty", "repetition_penalty", "truncate_prompt_tokens"),
     *("skip_special_tokens", "include_stop_str_in_output"),
 )
-REPEATED: Final = ("stop", "stop_token_ids", "allowed_token_ids", "bad_words")
+REPEATED: Final = {
+    "stop": limits.STOP_STRINGS_MAX,
+    "stop_token_ids": limits.STOP_TOKEN_IDS_MAX,
+    "allowed_token_ids": limits.ALLOWED_TOKEN_IDS_MAX,
+    "bad_words": limits.BAD_WORDS_MAX,
+}
+
+
+def request_fields(request: pb.GenerateRequest) -> dict[str, Any]:
+    """The fields that are set, under the names HTTP has for them."""
+    fields = sampling_fields(request.sampling) | prompt_fields(request)
+    fields |= {name: getattr(request, name) for name in ("add_special_tokens", "cache_salt") if request.HasField(name)}
+    return fields | {
+        "model": request.model or None,
+        "priority": request.priority,
+        "return_token_ids": request.return_token_ids,
+        "stream": streams(request.sampling),
+        "triptych": {
+            "codec": request.codec or None,
+            "kl_budget": request.kl_budget if request.HasField("kl_budget") else None,
+            "deadline_ms": request.deadline_ms or None,
+            "slo": _slo_fields(request),
+        },
+    }
+
+
+def _slo_fields(request: pb.GenerateRequest) -> dict[str, int] | None:
+    names = ("ttft_slo_ms", "tpot_slo_ms")
+    return {name.replace("_slo", ""): getattr(request, name) for name in names if request.HasField(name)} or None
+
+
+def streams(sampling: Any) -> bool:
+    """Log-probabilities in pieces have no limit; HTTP gives those of the prompt in one piece only."""
+    return not sampling.HasField("prompt_logprobs")
+
+
+def prompt_fields(request: pb.GenerateRequest) -> dict[str, Any]:
+    match request.WhichOneof("prompt"):
+        case "text":
+            return {"prompt": request.text}
+        case "tokens":
+            return {"prompt": at_most(request.tokens.ids, limits.PROMPT_TOKENS_MAX)}
+        case "chat":
+            return chat_fields(request.chat) | chat_logprobs(request.sampling)
+        case _:
+            return {}
+
+
+def chat_fields(chat: pb.Chat) -> dict[str, Any]:
+    messages = at_most(chat.messages, limits.MESSAGES_MAX)
+    fields: dict[str, Any] = {"messages": [{"role": said.role, "content": said.content} for said in messages]}
+    switches = ("add_generation_prompt", "continue_final_message")
+    fields |= {name: getattr(chat, name) for name in switches if chat.HasField(name)}
+    if chat.chat_template_kwargs_json:
+        fields["chat_template_kwargs"] = _json_untrusted("chat_template_kwargs_json", chat.chat_template_kwargs_json)
+    return fields
+
+
+def chat_logprobs(sampling: pb.GenerateSampling) -> dict[str, Any]:
+    """OpenAI's chat has a switch and a number where completions have the number."""
+    return {"logprobs": True, "top_logprobs": sampling.logprobs} if sampling.HasField("logprobs") else {}
+
+
+def _json_untrusted(field: str, text: str) -> Any:
+    if len(text) > limits.BODY_BESIDE_PROMPT_BYTES_MAX:
+        raise refuse(field, f"at most {limits.BODY_BESIDE_PROMPT_BYTES_MAX} bytes")
+    try:
+        return msgspec.json.decode(text)
+    except (msgspec.DecodeError, RecursionError):
+        raise refuse(field, "must be one JSON object") from None
 
 
 def sampling_fields(sampling: pb.GenerateSampling) -> dict[str, Any]:
     fields = {name: getattr(sampling, name) for name in OPTIONAL if sampling.HasField(name)}
-    fields |= {name: list(values) for name in REPEATED if (values := getattr(sampling, name))}
+    fields |= {
+        name: at_most(values, count_max) for name, count_max in REPEATED.items() if (values := getattr(sampling, name))
+    }
     fields["ignore_eos"] = sampling.ignore_eos
-    fields["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias.items()}
+    biases = at_most(sampling.logit_bias.items(), limits.LOGIT_BIAS_MAX)
+    fields["logit_bias"] = {str(token): bias for token, bias in biases}
     constraint = sampling.WhichOneof("constraint")
     if constraint is not None:
         fields["structured_outputs"] = {constraint.removesuffix("_schema"): constraint_value(sampling, constraint)}
@@ -195,9 +207,11 @@ def sampling_fields(sampling: pb.GenerateSampling) -> dict[str, Any]:
 
 
 def constraint_value(sampling: pb.GenerateSampling, name: str) -> Any:
-    return list(sampling.choice.values) if name == "choice" else getattr(sampling, name)
+    """Of choices no more than there may be bytes: each is at least one."""
+    return at_most(sampling.choice.values, limits.CONSTRAINT_BYTES_MAX) if name == "choice" else getattr(sampling, name)
 
 
+# -- its answer --------------------------------------------------------------------------------------------------------
 class ResponseWriter:
     """The messages of one request's answer."""
 
@@ -205,8 +219,16 @@ class ResponseWriter:
         self._id = stream.id
         self._request = stream.request
         self._completion_tokens = [0] * stream.request.choices
+        self._prompt_is_due = stream.request.return_token_ids
 
     def responses(self, news: News) -> Iterator[pb.GenerateResponse]:
+        for response in self._responses(news):
+            if self._prompt_is_due:
+                response.prompt_token_ids.extend(self._request.token_ids)
+                self._prompt_is_due = False
+            yield response
+
+    def _responses(self, news: News) -> Iterator[pb.GenerateResponse]:
         for scored in news.scored:
             yield self._of_prompt(scored)
         for delta in news.deltas:
@@ -256,11 +278,3 @@ def logprob_lists(token_ids: Sequence[int], scores: Sequence[TokenLogprobs]) -> 
 
 def stats_message(stats: RequestStats) -> pb.RequestStats:
     return pb.RequestStats(**asdict(stats))
-
-
-async def abort(context: Context, error: TriptychError) -> NoReturn:
-    """End the call with the error's code; the retry hint travels as trailing metadata."""
-    code = grpc.StatusCode.NOT_FOUND if isinstance(error, NotFound) else GRPC_CODE[error.status]
-    retry_after_ms = str(error.retry_after_ms or limits.RETRY_AFTER_MS)
-    trailers = (("retry-after-ms", retry_after_ms),) if error.status in RETRYABLE else ()
-    await context.abort(code, public_message(error), trailers)

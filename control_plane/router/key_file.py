@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from control_plane.options import EdgeOptions, OptionError
+from control_plane.options import EdgeOptions, OptionError, is_key
 from control_plane.router.tenants import Keys, Tenant
 from engine.base import limits
 
@@ -57,6 +57,8 @@ def _entries(text: str) -> Iterator[tuple[int, str, Tenant]]:
             continue
         if not 2 <= len(fields) <= 3 or fields[2:] not in ([], [ADMIN]):
             raise OptionError(OPTION, f"line {number}: must be TENANT KEY, or TENANT KEY {ADMIN}")
+        if not is_key(fields[1]):
+            raise OptionError(OPTION, f"line {number}: a key is made of printable ASCII")
         try:
             yield number, fields[1], Tenant(fields[0], admin=len(fields) == 3)
         except ValueError as error:

@@ -64,6 +64,12 @@ class LiveRequest:
     failed_at: str = ""  # the prefill worker that gave it up last
     engine_failures: int = 0  # workers whose engine failed on it; bounded by ENGINE_FAILURES_MAX
     prefill_load_tokens: int = 0  # what it adds to its prefill worker's queue, by our estimate
+    near_turn: bool = False  # its prefill worker has begun with it, or will in one of its next steps
+    priority: int = 0  # that workers are told
+    decode_tokens: int = 0  # what it holds of its tenant's share of decode memory
+    heard_us: int = 0  # when a worker last said something of it
+    silent_in: Stage | None = None  # where its last placement was given up for saying nothing
+    silent_at: str = ""  # the decode worker that did
     retry_us: int | None = None  # when to ask full targets again
 
     @property
@@ -114,13 +120,24 @@ class LiveRequest:
         self.attempts += 1
         return self.attempts
 
+    @property
+    def is_watched(self) -> bool:
+        """A worker has something to do for it now, and should be heard of soon. In a prefill worker's queue, and where
+        all targets are full, it only waits: that is load, and ends with the deadline."""
+        match self.stage:
+            case Stage.PREFILL:
+                return self.near_turn
+            case Stage.RESERVING:
+                return self.target is not None
+        return self.stage in (Stage.TRANSFER, Stage.DECODE)
+
     # -- groups --------------------------------------------------------------------------------------------------------
     def child(self, choice: int) -> "LiveRequest":
         """This choice, decoding where the group's KV is, under the group's attempt number there."""
         assert self.target is not None
         child = self.single(self.children[choice], choice)
         child.stage, child.target, child.attempts = Stage.DECODE, self.target, self.target.attempt
-        child.encoding = self.encoding
+        child.encoding, child.context_tokens = self.encoding, self.context_tokens
         return child
 
     def single(self, request_id: int, choice: int) -> "LiveRequest":

@@ -1,4 +1,6 @@
-"""Log-probabilities as clients read them: OpenAI's four parallel lists, and vLLM's `prompt_logprobs`.
+"""Log-probabilities as clients read them: OpenAI's lists for completions and for chats, and vLLM's `prompt_logprobs`.
+
+Completions have four parallel lists:
 
     tokens          the tokens' texts (see `Vocabulary.token_text`), or "token_id:5" on request
     token_logprobs  natural logarithms; null for the first token of a prompt, which nothing came before
@@ -7,8 +9,12 @@
 
 An offset counts characters of text, so tokens inside one code point share the offset at which it begins; of tokens that
 a stop string cut off, it may lie beyond the text's end.
+
+Chats have one entry per token: `token`, `logprob`, `bytes` (of the token's own text, however it is named) and
+`top_logprobs`, the likeliest in the same form.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -27,6 +33,7 @@ class LogprobsFormat:
     """Writes lists of scored tokens. `as_ids`: tokens are named by their ids instead of their texts."""
 
     def __init__(self, vocabulary: Vocabulary, *, as_ids: bool) -> None:
+        self._text = vocabulary.token_text
         self._name = _id_name if as_ids else vocabulary.token_text
 
     def completion(
@@ -39,9 +46,20 @@ class LogprobsFormat:
             "text_offset": offsets,
         }
 
+    def chat(self, token_ids: Sequence[int], scores: Sequence[TokenLogprobs], count: int) -> dict[str, Any]:
+        entries = []
+        for token_id, score in zip(token_ids, scores, strict=True):
+            likeliest = [self._entry(*scored) for scored in score.top[:count]]
+            entries.append(self._entry(token_id, score.logprob) | {"top_logprobs": likeliest})
+        return {"content": entries}
+
     def prompt(self, token_ids: Sequence[int], scores: Sequence[Score], count: int) -> list[dict[str, Any] | None]:
         """vLLM's `prompt_logprobs`: {token id: {logprob, rank, decoded_token}} for each token."""
         return [self._ranked(*scored, count) for scored in zip(token_ids, scores, strict=True)]
+
+    def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
+        token_bytes = list(_bytes_of(self._text(token_id)))
+        return {"token": self._name(token_id), "logprob": _finite(logprob), "bytes": token_bytes}
 
     def _top(self, token_id: int, score: Score, count: int) -> dict[str, float] | None:
         """Likeliest first; of two tokens with one name the likelier keeps it."""
@@ -77,6 +95,15 @@ def text_offsets(token_ids: Sequence[int], detokenizer: IncrementalDetokenizer) 
         offsets.append(characters)
         characters += len(detokenizer.push((token,)))
     return offsets
+
+
+_NO_WHOLE_TEXT: Final = re.compile(r"bytes:((?:\\x[0-9a-f]{2})+)")
+
+
+def _bytes_of(token_text: str) -> bytes:
+    """So that all tokens' bytes together are the text's; `Vocabulary.token_text` spells what is none by itself."""
+    spelt = _NO_WHOLE_TEXT.fullmatch(token_text)
+    return token_text.encode() if spelt is None else bytes.fromhex(spelt[1].replace("\\x", ""))
 
 
 def _finite(logprob: float) -> float:

@@ -12,7 +12,7 @@ from collections import Counter as Tally
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, product
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -37,8 +37,12 @@ HELP: Final = {  # of what `RouterState.counters` names; vLLM's names where it h
     "num_preemptions": "Sequences that lost their KV memory to others, at all workers.",
     "prefix_cache_hits": "Context tokens found in the workers' prefix caches.",
     "prefix_cache_queries": "Context tokens looked up in the workers' prefix caches.",
+    "no_progress": "Placements given up because nothing was heard of them, by stage.",
+    "queue_wait_ms": "Milliseconds that prompts waited in the router before a worker was given them, summed.",
+    "rejections": "Requests refused before anything was started, by reason.",
     "requests_by_n": "Accepted requests by how many choices they asked for.",
 }
+MET: Final = {True: "met", False: "missed"}
 US_PER_S: Final = 1_000_000
 OTHER: Final = "other"
 
@@ -101,6 +105,9 @@ class RouterMetrics:
         _observe(self._second_token, record.second_us)
         _observe(self._per_token, record.per_token_us)
         _observe(self._request, record.total_us)
+        for target, met in (("ttft", record.slo.ttft_met), ("tpot", record.slo.tpot_met)):
+            if met is not None:
+                self._slo.labels(target, MET[met]).inc()
         if record.stats is not None:
             self._cached_tokens.inc(record.stats.cached_tokens)
             self._skipped_tokens.inc(record.stats.skipped_tokens)
@@ -134,10 +141,15 @@ class RouterMetrics:
         self._skipped_tokens = counter(
             "kv_transfer_skipped_tokens", "Prompt tokens whose KV the decode worker had: they were not sent."
         )
+        self._slo = counter(
+            "slo", "Requests that named a target, by target and whether it was met.", "target", "verdict"
+        )
         self._unknown_fields = counter("unknown_fields", "Request fields that nothing here knows.")
         self._slow_readers = counter("slow_readers", "Requests cancelled because the client did not read.")
         for outcome in OUTCOMES:  # a series that starts at its first event has no rate for it
             self._requests.labels(outcome)
+        for target, outcome in product(("ttft", "tpot"), MET.values()):
+            self._slo.labels(target, outcome)
         for stage in ("raw", "wire"):
             self._kv_bytes.labels("raw", stage)
 

@@ -82,15 +82,27 @@ def _choice(chosen: Candidate, least_loaded: Candidate, candidates: Sequence[Can
 class Placer:
     """Finds a request's next worker; remembers which blocks it sent to which."""
 
-    def __init__(self, pool: WorkerPool, default: Wish) -> None:
+    def __init__(
+        self, pool: WorkerPool, default: Wish, *, prefill_ahead_tokens: int = limits.PREFILL_AHEAD_TOKENS
+    ) -> None:
         self._pool = pool
         self._index = PrefixIndex()
         self._default = default
+        self._prefill_ahead_tokens = prefill_ahead_tokens
 
     def prefill(self, request: LiveRequest) -> Choice | None:
+        """The best worker, with room or without: one that has most of a prompt is worth waiting for."""
         tokens = len(request.token_ids)
         workers = self._pool.holding(Role.PREFILL)
         return choose_prefill([self._candidate(w, request, tokens, EXACT) for w in workers], avoid=request.failed_at)
+
+    def has_room(self, worker: Worker, *, urgent: bool) -> bool:
+        """Whether it is given another prompt. What it does not need yet waits here, where others can come first."""
+        return worker.has_room(urgent=urgent, ahead_tokens=self._prefill_ahead_tokens)
+
+    def has_room_anywhere(self, *, urgent: bool) -> bool:
+        workers = (worker for worker in self._pool if worker.serving and worker.has(Role.PREFILL))
+        return any(self.has_room(worker, urgent=urgent) for worker in workers)
 
     def decode(self, request: LiveRequest, source: Worker, refused: Collection[str]) -> Choice | None:
         """Where nobody decodes, a source that drains finishes what it has begun: its drain ends no sooner by waiting

@@ -2,12 +2,13 @@
 
     Edge --push--> Choice, Choice, ... --next--> News        one wake-up and one reading for all that has come
 
-What does not belong here: which requests there are and what becomes of their figures (`edge`), text (`choice`).
+What does not belong here: which requests there are and what becomes of their figures (`edge`), text (`choice`), and a
+reader of several requests (`several_prompts`).
 """
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from types import TracebackType
 from typing import NamedTuple, Protocol, Self
 
@@ -49,14 +50,15 @@ class RequestStream:
         "_choices",
         "_closed",
         "_ended",
-        "_on_overflow",
         "_open_choices",
         "_owner",
         "_readable",
         "_scored",
-        "_wakeup",
+        "_withheld",
+        "ended_us",
         "first_us",
         "id",
+        "interrupt",
         "key",
         "last_us",
         "opened_us",
@@ -64,6 +66,7 @@ class RequestStream:
         "second_us",
         "tokens",
         "unread_tokens",
+        "wakeup",
     )
 
     def __init__(
@@ -85,15 +88,18 @@ class RequestStream:
         self.first_us: int | None = None
         self.second_us: int | None = None  # of the choice that got so far first
         self.last_us = opened_us
+        self.ended_us: int | None = None
+        # Of whoever reads: what wakes it up, and what stops it while it is stuck in sending.
+        self.wakeup: asyncio.Future[None] | None = None
+        self.interrupt: Callable[[], None] | None = None
         self._owner = owner
         self._choices = choices
         self._open_choices = len(choices)  # whose last delta has not been read
         self._readable: list[Choice] = []  # those with something unread, each once
         self._scored: list[PromptScored] = []
+        self._withheld: list[Delta] = []  # last deltas, read before the ending that they go with
         self._ended: Ended | None = None
         self._closed = False
-        self._wakeup: asyncio.Future[None] | None = None
-        self._on_overflow: Callable[[], None] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -105,21 +111,31 @@ class RequestStream:
 
     # -- the reader's side ---------------------------------------------------------------------------------------------
     async def next(self) -> News:
-        """Everything since the last call, in one piece: a reader that fell behind catches up in one step.
+        """Everything since the last call, in one piece: a reader that fell behind catches up in one step."""
+        while (news := self.take()) is None:
+            await self._change()
+        return news
+
+    def take(self) -> News | None:
+        """What there is to tell now; None: nothing, before the next `wakeup`.
 
         The request's last delta comes together with its ending, so that whoever writes it knows that it is the last.
         Detokenising something impossible is a bug of ours, and the ending of its own request only (I11).
         """
         if not self._readable and not self._scored and self._ended is None:
-            await self._change()
+            return None
         scored, self._scored = self._scored, []
         try:
             deltas = self._read()
         except Exception as raised:
             return News((), (), Ended(key=self.key, error=as_ours(raised), stats=RequestStats()))
-        while not self._open_choices and self._ended is None:
-            await self._change()
-        return News(scored, deltas, self._ended)
+        if self._open_choices:
+            return News(scored, deltas, self._ended)
+        self._withheld += deltas
+        if self._ended is None:
+            self._scored = scored
+            return None
+        return News(scored, self._withheld, self._ended)
 
     def _read(self) -> list[Delta]:
         readable, self._readable = self._readable, []
@@ -136,22 +152,21 @@ class RequestStream:
     def _change(self) -> asyncio.Future[None]:
         """Done when there is something new. A future and no coroutine: a token's wake-up passes through every one that
         waits for it, and each is a frame that has left the cache since the last token."""
-        self._wakeup = asyncio.get_running_loop().create_future()
-        return self._wakeup
+        self.wakeup = asyncio.get_running_loop().create_future()
+        return self.wakeup
 
-    @asynccontextmanager
-    async def patience(self) -> AsyncIterator[None]:
-        """Around everything sent to the client: `TimeoutError` if it does not read.
+    def patience(self) -> AbstractAsyncContextManager[None]:
+        """Around everything sent to the client: `TimeoutError` if it does not read."""
+        return patience([self])
 
-        One timer per request, not one per token: a send blocks for ever once the client has stopped reading.
-        """
-        patience_ms = self.request.deadline_ms + self._owner.read_grace_ms
-        async with asyncio.timeout(patience_ms / 1000) as limit:
-            self._on_overflow = lambda: None if limit.expired() else limit.reschedule(0.0)
-            try:
-                yield
-            finally:
-                self._on_overflow = None
+    @property
+    def patience_ms(self) -> int:
+        return self.request.deadline_ms + self._owner.read_grace_ms
+
+    @property
+    def stats(self) -> RequestStats:
+        """Whole once the request has ended."""
+        return self._ended.stats if self._ended is not None else RequestStats()
 
     def close(self, reason: str) -> None:
         """Stop reading; idempotent. The reader, if it still waits, gets `Cancelled`."""
@@ -209,15 +224,39 @@ class RequestStream:
     def overflow(self) -> None:
         """Too much is unread: forget it, and interrupt a reader that is stuck in sending."""
         self._abandon("the client does not read")
-        if self._on_overflow is not None:
-            self._on_overflow()
+        if self.interrupt is not None:
+            self.interrupt()
 
     def _abandon(self, reason: str) -> None:
         self._closed = True
-        self._readable, self._scored, self.unread_tokens = [], [], 0
+        self._readable, self._scored, self._withheld, self.unread_tokens = [], [], [], 0
         self._ended = Ended(key=self.key, error=Cancelled(reason), stats=RequestStats())
         self._wake()
 
     def _wake(self) -> None:
-        if self._wakeup is not None and not self._wakeup.done():
-            self._wakeup.set_result(None)
+        if self.wakeup is not None and not self.wakeup.done():
+            self.wakeup.set_result(None)
+
+
+@asynccontextmanager
+async def patience(streams: Sequence[RequestStream]) -> AsyncIterator[None]:
+    """Around everything sent to the one client of `streams`: `TimeoutError` if it does not read.
+
+    One timer for all, not one per token: a send blocks for ever once the client has stopped reading.
+    """
+    async with asyncio.timeout(max(stream.patience_ms for stream in streams) / 1000) as limit:
+
+        def interrupt() -> None:
+            if not limit.expired():
+                limit.reschedule(0.0)
+
+        _on_overflow(streams, interrupt)
+        try:
+            yield
+        finally:
+            _on_overflow(streams, None)
+
+
+def _on_overflow(streams: Sequence[RequestStream], interrupt: Callable[[], None] | None) -> None:
+    for stream in streams:
+        stream.interrupt = interrupt

@@ -1,10 +1,9 @@
 """The fields that say how to pick tokens, in vLLM's words, as values of `SamplingParams`.
 
-What does not belong here: `max_tokens` (it depends on the prompt, see `validation`), constraints (`constraint_fields`),
-stop strings (they are the router's own business).
+What does not belong here: `max_tokens` and `seed` (each prompt has its own, see `validation`), constraints
+(`constraint_fields`), stop strings (they are the router's own business).
 """
 
-from collections.abc import Callable
 from typing import Any, Final
 
 from control_plane.router.fields import (
@@ -26,19 +25,15 @@ LOGIT_BIAS_ABS_MAX: Final = 100.0
 BAD_WORDS_MAX: Final = limits.BAD_WORDS_MAX // 2  # each may be spelled in two ways
 
 
-def read_sampling(
-    fields: Fields, *, vocabulary: Vocabulary, vocab_size: int, draw_seed: Callable[[], int]
-) -> dict[str, Any]:
+def read_sampling(fields: Fields, *, vocabulary: Vocabulary, vocab_size: int) -> dict[str, Any]:
     """Keyword arguments of `SamplingParams`. Cheap checks first: bad words are tokenised last."""
-    seed = optional_integer(fields, "seed", 0, limits.SEED_MAX)
     return {
-        "seed": draw_seed() if seed is None else seed,
         "temperature": number(fields, "temperature", 1.0, 0.0, limits.TEMPERATURE_MAX),
         "top_p": number(fields, "top_p", 1.0, 0.0, 1.0, low_open=True),
         "top_k": max(0, integer(fields, "top_k", 0, -1, limits.TOP_K_MAX)),  # vLLM: -1 and 0 are all
         "min_p": number(fields, "min_p", 0.0, 0.0, 1.0),
-        "presence_penalty": number(fields, "presence_penalty", 0.0, -2.0, 2.0),
-        "frequency_penalty": number(fields, "frequency_penalty", 0.0, -2.0, 2.0),
+        "presence_penalty": number(fields, "presence_penalty", 0.0, -limits.PENALTY_ABS_MAX, limits.PENALTY_ABS_MAX),
+        "frequency_penalty": number(fields, "frequency_penalty", 0.0, -limits.PENALTY_ABS_MAX, limits.PENALTY_ABS_MAX),
         "repetition_penalty": number(
             fields, "repetition_penalty", 1.0, 0.0, limits.REPETITION_PENALTY_MAX, low_open=True
         ),

@@ -20,16 +20,22 @@ import grpc
 from prometheus_client import Gauge
 
 from control_plane import addresses
-from control_plane.lifecycle import Shutdown, configure_logging
+from control_plane.lifecycle import Shutdown
+from control_plane.logs import configure_logging
 from control_plane.model_choice import ModelChoice, choose_model
-from control_plane.options import RouterOptions
+from control_plane.options import EdgeOptions, OptionError, RouterOptions
 from control_plane.router import core, http
+from control_plane.router.chat_template import ChatTemplate
 from control_plane.router.edge import Config as EdgeConfig
 from control_plane.router.edge import Edge, Labels
+from control_plane.router.grpc_services import add_services
 from control_plane.router.http_server import HttpServer, raise_open_files_limit
-from control_plane.router.inference_service import InferenceService, ReadinessHealth, add_services
+from control_plane.router.key_file import read_keys
 from control_plane.router.metrics import RouterMetrics
 from control_plane.router.requests import WorkerView
+from control_plane.router.server_facts import ServerFacts
+from control_plane.router.tenants import Keys
+from control_plane.router.tls import Tls
 from control_plane.router.validation import Config as ValidationConfig
 from control_plane.router.validation import Validator
 from control_plane.router.vocabulary import ModelCard, OracleVocabulary, TokenizerVocabulary, Vocabulary
@@ -51,6 +57,7 @@ GRPC_OPTIONS: Final = (
     ("grpc.max_receive_message_length", limits.MESSAGE_BYTES_MAX),
     ("grpc.so_reuseport", 0),  # two routers on one port must fail, not share its clients
 )
+VERSION: Final = importlib.metadata.version("triptych")
 PREEMPTIONS: Final = "preemptions"  # the workers' name for it
 LABELS: Final[Mapping[str, str]] = {
     "rejections": "reason",
@@ -62,6 +69,8 @@ LABELS: Final[Mapping[str, str]] = {
     "attempts_failed": "reason",
     "relocations": "reason",
     "kv_transfers": "codec",
+    "no_progress": "stage",
+    "queue_wait_ms": "",
     "stale_tokens": "",
     "stale_tables": "",
     "token_gaps": "",
@@ -119,17 +128,41 @@ class _Listening:
 
 
 def main(options: RouterOptions) -> int:
-    configure_logging("router", options.log_level)
+    configure_logging("router", options.log_level, options.log_format)
     raise_open_files_limit()
     with contextlib.ExitStack() as stack:
         listening = _Listening.at(options, stack)
-        return asyncio.run(_serve(options, choose_model(options.engine), listening))
+        return asyncio.run(_serve(options, _Served.of(options), listening))
 
 
-async def _serve(options: RouterOptions, model: ModelChoice, listening: _Listening) -> int:
+@dataclass(frozen=True)
+class _Served:
+    """What files say: read before the loop runs, so that a mistake in one is a line and no traceback."""
+
+    model: ModelChoice
+    vocabulary: Vocabulary
+    chat: ChatTemplate | None
+    keys: Keys
+    tls: Tls | None
+
+    @classmethod
+    def of(cls, options: RouterOptions) -> Self:
+        model, edge = choose_model(options.engine), options.edge
+        return cls(model, _vocabulary(model, edge), _chat_template(model, edge), read_keys(edge), Tls.of(edge))
+
+    def card(self, edge: EdgeOptions) -> ModelCard:
+        return ModelCard(
+            name=edge.served_model_name or self.model.name,
+            vocab_size=self.model.vocab_size,
+            max_model_len=self.model.max_model_len,
+            eos_token_ids=self.model.eos_token_ids,
+        )
+
+
+async def _serve(options: RouterOptions, served: _Served, listening: _Listening) -> int:
     shutdown = Shutdown()
     shutdown.install()
-    router = _Router(options, model, shutdown)
+    router = _Router(options, served, shutdown)
     await router.start(listening)
     await shutdown.wait()
     await router.stop()
@@ -139,47 +172,36 @@ async def _serve(options: RouterOptions, model: ModelChoice, listening: _Listeni
 class _Router:
     """The parts of one router process and the order in which they start and end."""
 
-    def __init__(self, options: RouterOptions, model: ModelChoice, shutdown: Shutdown) -> None:
-        self._drain_timeout_s = options.drain_timeout_s
+    def __init__(self, options: RouterOptions, served: _Served, shutdown: Shutdown) -> None:
+        self._options = options
+        self._served = served
         self._shutdown = shutdown
-        config = core.Config(
-            router_id=secrets.token_hex(8),
-            controller_address=options.controller,
-            codec=options.engine.codec,
-            kl_budget=options.engine.kl_budget,
-        )
-        self._core = core.RouterCore(config)
+        self._core = core.RouterCore(_core_config(options, served.keys))
         self._transport = GrpcTransport()
         self._host = AsyncioHost(self._core, self._transport, outputs=self._on_output, on_crash=shutdown.crash)
         self._state = CoreState(self._core, self._host)
         self._metrics = RouterMetrics()
         self._metrics.export(self._state)
         _export_tasks(self._metrics)
-        card = ModelCard(
-            name=model.name,
-            vocab_size=model.vocab_size,
-            max_model_len=model.max_model_len,
-            eos_token_ids=model.eos_token_ids,
-        )
-        vocabulary = _vocabulary(model)
+        card = served.card(options.edge)
         self._edge = Edge(
             EdgeConfig(),
             card=card,
-            vocabulary=vocabulary,
+            vocabulary=served.vocabulary,
             deliver=self._host.deliver,
             observer=self._metrics,
             clock_us=lambda: time.monotonic_ns() // 1_000,
             mint_id=lambda: secrets.token_hex(12),
         )
         self._validator = Validator(
-            ValidationConfig(codecs=(*codecs.names(), AUTO)),
+            ValidationConfig(codecs=_codecs()),
             card=card,
-            vocabulary=vocabulary,
+            vocabulary=served.vocabulary,
             draw_seed=lambda: secrets.randbelow(limits.SEED_MAX),
             count_unknown=self._metrics.unknown_fields,
-            check_constraint=check_constraint if model.path is not None else _refuse_constraint,
+            check_constraint=check_constraint if served.model.path is not None else _refuse_constraint,
+            chat=served.chat,
         )
-        self._health = ReadinessHealth(self._state)
         self._quiet = asyncio.Event()  # set when nothing is in flight any more; cleared by who waits for it
         self._http: dict[HttpServer, asyncio.Task[None]] = {}
 
@@ -195,24 +217,38 @@ class _Router:
             edge=self._edge,
             validator=self._validator,
             state=self._state,
-            metrics=self._metrics,
             wall_s=time.time,
-            config=http.Config(version=importlib.metadata.version("triptych")),
+            keys=self._served.keys,
+            config=http.Config(version=VERSION),
         )
-        admin = http.admin_app(state=self._state, metrics=self._metrics, reset_cache=self._edge.reset_cache)
+        admin = http.admin_app(
+            state=self._state, metrics=self._metrics, reset_cache=self._edge.reset_cache, abort=self._edge.abort
+        )
+        tls = self._served.tls.context() if self._served.tls is not None else None
         for app, port in ((public, listening.public), (admin, listening.admin)):
-            server = HttpServer(app, port)
+            server = HttpServer(app, port, tls=tls)
             self._http[server] = asyncio.create_task(server.serve())
             self._http[server].add_done_callback(self._on_server_end)
         await self._serve_grpc(addresses.authority_of(listening.grpc))
         self._refreshing = asyncio.create_task(self._refresh_health())
         ports = map(addresses.port_of, (listening.public, listening.admin, listening.grpc))
-        log.info("router listens http=%d admin=%d grpc=%d", *ports)
+        log.info("router listens", extra=dict(zip(("http", "admin", "grpc"), ports, strict=True)))
 
     async def _serve_grpc(self, address: str) -> None:
         self._grpc = grpc.aio.server(options=GRPC_OPTIONS, maximum_concurrent_rpcs=CALLS_MAX)
-        add_services(self._grpc, InferenceService(self._edge, self._validator), self._health)
-        self._grpc.add_insecure_port(address)
+        self._health = add_services(
+            self._grpc,
+            edge=self._edge,
+            validator=self._validator,
+            state=self._state,
+            wall_s=time.time,
+            keys=self._served.keys,
+            facts=_facts(self._options, self._served),
+        )
+        if self._served.tls is None:
+            self._grpc.add_insecure_port(address)
+        else:
+            self._grpc.add_secure_port(address, self._served.tls.credentials())
         await self._grpc.start()
 
     def _on_server_end(self, serving: asyncio.Task[None]) -> None:
@@ -246,10 +282,11 @@ class _Router:
         if not self._core.in_flight:
             return
         try:
-            async with asyncio.timeout(self._drain_timeout_s):
+            async with asyncio.timeout(self._options.drain_timeout_s):
                 await self._quiet.wait()
         except TimeoutError:
-            log.warning("drain timed out after_s=%.1f in_flight=%d", self._drain_timeout_s, self._core.in_flight)
+            left = {"after_s": self._options.drain_timeout_s, "in_flight": self._core.in_flight}
+            log.warning("drain timed out", extra=left)
 
     async def _stop_http(self) -> None:
         for server in self._http:
@@ -258,6 +295,34 @@ class _Router:
         for server in self._http:
             server.stop(force=True)
         await asyncio.gather(*self._http.values(), return_exceptions=True)
+
+
+# -- parts -------------------------------------------------------------------------------------------------------------
+def _core_config(options: RouterOptions, keys: Keys) -> core.Config:
+    return core.Config(
+        router_id=secrets.token_hex(8),
+        controller_address=options.controller,
+        codec=options.engine.codec,
+        kl_budget=options.engine.kl_budget,
+        tenants=len(keys.names),
+        queue_timeout_ms=int(options.edge.queue_timeout_s * 1_000),
+    )
+
+
+def _facts(options: RouterOptions, served: _Served) -> ServerFacts:
+    return ServerFacts(
+        version=VERSION,
+        model_dtype=served.model.dtype,
+        block_size=options.engine.block_size,
+        codecs=_codecs(),
+        codec=options.engine.codec,
+        tokenizer=served.model.path,
+    )
+
+
+def _codecs() -> tuple[str, ...]:
+    """What a request may ask for."""
+    return (*codecs.names(), AUTO)
 
 
 def _export_tasks(metrics: RouterMetrics) -> None:
@@ -269,7 +334,21 @@ def _refuse_constraint(constraint: Constraint) -> None:
     raise InvalidArgument("constraint: this model's tokens have no text that could be constrained", field="constraint")
 
 
-def _vocabulary(model: ModelChoice) -> Vocabulary:
+def _vocabulary(model: ModelChoice, edge: EdgeOptions) -> Vocabulary:
     if model.path is None:
         return OracleVocabulary(model.vocab_size)
-    return TokenizerVocabulary.from_model_dir(model.path, model.vocab_size)
+    return TokenizerVocabulary.from_model_dir(
+        model.path, model.vocab_size, permit_special_tokens=edge.permit_special_tokens
+    )
+
+
+def _chat_template(model: ModelChoice, edge: EdgeOptions) -> ChatTemplate | None:
+    """None: the model takes prompts only. One that cannot be used is an error now, not at the first conversation."""
+    if model.path is None:
+        if edge.chat_template is not None:
+            raise OptionError("chat-template", f"model '{model.name}' has no text that a template could be for")
+        return None
+    try:
+        return ChatTemplate.from_model_dir(model.path, edge.chat_template)
+    except InvalidArgument as error:
+        raise OptionError("chat-template", error.message) from None

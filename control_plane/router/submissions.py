@@ -19,6 +19,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True)
+class Meter:
+    """What one tenant has been served, in prompt tokens. All of its submissions have the same one."""
+
+    tokens: int = 0
+
+
+@dataclass(slots=True)
 class Submission:
     number: int  # in order of arrival
     submit: Submit
@@ -28,9 +35,10 @@ class Submission:
     requests: "dict[int, LiveRequest]" = field(default_factory=dict)  # by id: those that work for it now
     outputs: tuple[list[int], ...] = ()  # of each choice: tokens that the client has
     finishes: dict[int, FinishReason] = field(default_factory=dict)  # of the choices that are over
+    meter: Meter = field(default_factory=Meter)
     scored_tokens: int = 1  # of the prompt; nothing comes before the first, so it has no score
     hashes: BlockHashes = field(init=False)
-    marks_us: dict[str, int] = field(default_factory=dict)  # first time of: near_turn, token, committed
+    marks_us: dict[str, int] = field(default_factory=dict)  # first time of: placed, near_turn, token, committed
 
     def __post_init__(self) -> None:
         self.outputs = tuple([] for _ in range(self.submit.choices))
@@ -39,6 +47,11 @@ class Submission:
     @property
     def over(self) -> bool:
         return len(self.finishes) == self.submit.choices
+
+    @property
+    def placed(self) -> bool:
+        """Some worker was given some of it."""
+        return "placed" in self.marks_us
 
     @property
     def scored(self) -> bool:
@@ -64,6 +77,12 @@ class Submission:
     # -- figures -------------------------------------------------------------------------------------------------------
     def mark(self, name: str, now_us: int) -> None:
         self.marks_us.setdefault(name, now_us)
+
+    def first(self, name: str, now_us: int) -> bool:
+        """Mark it; whether this was the first time."""
+        known = name in self.marks_us
+        self.mark(name, now_us)
+        return not known
 
     def note_cached(self, cached_tokens: int) -> None:
         """The first prefill's: later ones find what the first has computed."""

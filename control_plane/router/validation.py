@@ -1,6 +1,6 @@
-"""From a client's fields to a `ValidatedRequest`, or to one fixed sentence that names the field and the limit.
+"""From a client's bytes or fields to `ValidatedRequest`s, or to one fixed sentence that names the field and the limit.
 
-The vocabulary is vLLM's dialect of OpenAI's completions. Three kinds of field:
+The vocabulary is vLLM's dialect of OpenAI's completions and chat completions. Three kinds of field:
 
 - served: read, checked, used;
 - known and not served (`NOT_SERVED`): accepted only where the value changes nothing; anything else is refused, because
@@ -11,13 +11,12 @@ The vocabulary is vLLM's dialect of OpenAI's completions. Three kinds of field:
 No error text repeats what the client sent, except the name of a misspelt `triptych` key. Prompts are never logged.
 
 What does not belong here: HTTP, gRPC, whether there is room for the request, and how a group of fields is read
-(`prompt`, `sampling_fields`, `constraint_fields`).
+(`prompt`, `chat_fields`, `sampling_fields`, `constraint_fields`, `answer_fields`, `knob_fields`).
 """
 
 import asyncio
-import difflib
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
@@ -25,20 +24,18 @@ from typing import Any, Final
 import msgspec
 
 from control_plane.router import body as bodies
+from control_plane.router import chat_fields, tokenization
+from control_plane.router.answer_fields import STREAM_OPTIONS, read_answer
+from control_plane.router.body import BodyShape
+from control_plane.router.caller import Caller
+from control_plane.router.chat_template import ChatTemplate
 from control_plane.router.constraint_fields import NamedConstraint, read_constraint
-from control_plane.router.fields import (
-    Fields,
-    boolean,
-    integer,
-    object_or_empty,
-    optional_integer,
-    optional_number,
-    refuse,
-    strings,
-)
-from control_plane.router.prompt import PromptEncoder, PromptFields
+from control_plane.router.fields import Fields, object_or_empty, optional_integer, optional_string, refuse, word
+from control_plane.router.knob_fields import Knobs, read_knobs
+from control_plane.router.prompt import Prompt, PromptEncoder, PromptFields, Source, read_sources
 from control_plane.router.sampling_fields import read_sampling
 from control_plane.router.side_thread import SideThread
+from control_plane.router.tokenization import Tokenization, require_template
 from control_plane.router.vocabulary import ModelCard, Vocabulary
 from engine.base import limits
 from engine.base.errors import DeadlineExceeded, FrameError, InvalidArgument, NotFound
@@ -55,7 +52,7 @@ SERVED: Final = frozenset(
         *("echo", "logprobs", "prompt_logprobs", "return_token_ids", "return_tokens_as_token_ids"),
         *("skip_special_tokens", "add_special_tokens", "truncate_prompt_tokens"),
         *("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
-        *("priority", "cache_salt"),
+        *("priority", "cache_salt", "request_id", "session_id", "vllm_xargs"),
     )
 )
 
@@ -72,12 +69,21 @@ NOT_SERVED: Final[Mapping[str, tuple[Any, ...]]] = {
     "prompt_embeds": (),
     "kv_transfer_params": ({},),
     "ec_transfer_params": ({},),
-    "vllm_xargs": ({},),
 }
 
-KNOWN: Final = SERVED | NOT_SERVED.keys()
-STREAM_OPTIONS: Final = ("include_usage", "continuous_usage_stats")
-TRIPTYCH_KEYS: Final = ("codec", "deadline_ms", "kl_budget")
+
+class Dialect:
+    """The fields of one endpoint; the `large` ones may be larger than all others of a body together."""
+
+    def __init__(self, served: Set[str], not_served: Mapping[str, tuple[Any, ...]], large: Set[str]) -> None:
+        self.not_served = not_served
+        self.shape = BodyShape(served | not_served.keys(), large)
+
+
+COMPLETIONS: Final = Dialect(SERVED, NOT_SERVED, {"prompt"})
+CHAT: Final = Dialect(SERVED - {"prompt"} | chat_fields.SERVED, {**NOT_SERVED, **chat_fields.NOT_SERVED}, {"messages"})
+TOKENIZE: Final = Dialect(tokenization.TOKENIZE, tokenization.TOKENIZE_NOT_SERVED, {"prompt", "messages"})
+DETOKENIZE: Final = Dialect(tokenization.DETOKENIZE, {}, {"tokens"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +130,9 @@ CheckConstraint = Callable[[Constraint], None]
 """Raises `InvalidArgument`, in bounded time and memory, for a constraint that the engine could not obey."""
 
 
+NOBODY: Final = Caller()  # who says nothing of himself
+
+
 class UnknownFields:
     """Counts the fields we do not know and logs each name once. Names are the client's: bounded and escaped."""
 
@@ -143,6 +152,25 @@ class UnknownFields:
                 log.info("unknown request field accepted and ignored name=%r", short)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """All that a request says beside its prompts, read and checked; its prompts share it."""
+
+    arrived_us: int
+    deadline_ms: int
+    request: Mapping[str, Any]  # arguments of `ValidatedRequest`
+    seed: int | None
+    sampling: Mapping[str, Any]  # the other arguments of `SamplingParams`
+    constraint: NamedConstraint | None
+    prompt: PromptFields
+    output_tokens: int | None  # None: the client leaves it to us
+    output_field: str = "max_tokens"  # by which name it says so
+
+    @property
+    def choices(self) -> int:
+        return int(self.request["choices"])
+
+
 class Validator:
     """Checks in order of cost: shape first, then text to ids, then what depends on the number of ids, grammars last."""
 
@@ -156,6 +184,7 @@ class Validator:
         count_unknown: Callable[[int], None],
         check_constraint: CheckConstraint,
         clock_us: Callable[[], int] | None = None,
+        chat: ChatTemplate | None = None,
     ) -> None:
         self.clock_us = clock_us or _loop_us  # whoever takes a request in reads it first: deadlines run from then
         self._config = config
@@ -163,6 +192,7 @@ class Validator:
         self._vocabulary = vocabulary
         self._draw_seed = draw_seed
         self._check_constraint = check_constraint
+        self._chat = chat
         self._unknown = UnknownFields(count_unknown, config.unknown_names_max)
         self._prompts = PromptEncoder(
             card,
@@ -170,6 +200,7 @@ class Validator:
             inline_characters_max=config.inline_characters_max,
             waiting_max=config.encodes_waiting_max,
         )
+        self._tokenization = Tokenization(card, vocabulary, self._prompts, chat)
         # Not the prompts' thread: a hostile grammar must not stand before other clients' prompts.
         self._checks = SideThread("check", waiting_max=config.constraint_checks_waiting_max, what="constraints")
 
@@ -177,48 +208,155 @@ class Validator:
         self._prompts.close()
         self._checks.close()
 
-    async def completion(self, body: bytes, *, label: str = "", arrived_us: int | None = None) -> ValidatedRequest:
-        """The body of `POST /v1/completions`."""
-        try:
-            fields = bodies.decode_body_untrusted(body, KNOWN)
-        except FrameError as error:
-            message = bodies.ERRORS[error.reason]
-            raise InvalidArgument(message, field=message.partition(":")[0]) from None
-        return await self.validate(fields, label=label, arrived_us=arrived_us)
+    # -- what clients ask for ------------------------------------------------------------------------------------------
+    async def completion(self, body: bytes, caller: Caller = NOBODY) -> list[ValidatedRequest]:
+        """The body of `POST /v1/completions`: one request for each of its prompts, in their order."""
+        fields = _decoded(body, COMPLETIONS)
+        return await self._completions(fields, read_sources(fields), caller)
 
-    async def validate(self, fields: Fields, *, label: str = "", arrived_us: int | None = None) -> ValidatedRequest:
-        arrived_us = self.clock_us() if arrived_us is None else arrived_us
-        self._unknown.note(sorted(fields.keys() - KNOWN))
-        self._check_model(fields)
-        refuse_not_served(fields)
-        travel, deadline_ms = self._triptych(fields)
-        answer = {**self._stream_options(fields), **read_answer(fields), "label": label}
-        prompt_fields = PromptFields.read(fields)
-        constraint = read_constraint(fields)
-        wanted = self._sampling(fields)
-        prompt = await self._prompts.encode(
-            prompt_fields, output_tokens=_asked_tokens(fields), wait_ms=self._left_ms(arrived_us, deadline_ms)
+    async def chat(self, body: bytes, caller: Caller = NOBODY) -> ValidatedRequest:
+        """The body of `POST /v1/chat/completions`."""
+        return await self._conversation(_decoded(body, CHAT), caller)
+
+    async def validate(self, fields: Fields, caller: Caller = NOBODY) -> ValidatedRequest:
+        """Fields that came in another way than as JSON: one prompt, or the messages of one conversation."""
+        if "messages" in fields:
+            return await self._conversation(fields, caller)
+        sources = read_sources(fields)
+        if len(sources) > 1:
+            raise refuse("prompt", "only one prompt at a time here")
+        (request,) = await self._completions(fields, sources, caller)
+        return request
+
+    async def tokenize(self, body: bytes) -> dict[str, Any]:
+        """`POST /tokenize`"""
+        fields = self._known(_decoded(body, TOKENIZE), TOKENIZE)
+        return await self._tokenization.tokenize(fields, wait_ms=self._config.deadline_ms_default)
+
+    async def detokenize(self, body: bytes) -> dict[str, Any]:
+        """`POST /detokenize`"""
+        fields = self._known(_decoded(body, DETOKENIZE), DETOKENIZE)
+        return await self._tokenization.detokenize(fields, wait_ms=self._config.deadline_ms_default)
+
+    def tokenizer_info(self) -> dict[str, Any]:
+        """`GET /tokenizer_info`"""
+        return self._tokenization.info()
+
+    # -- prompts -------------------------------------------------------------------------------------------------------
+    async def _completions(self, fields: Fields, sources: Sequence[Source], caller: Caller) -> list[ValidatedRequest]:
+        terms = self._terms(
+            self._known(fields, COMPLETIONS),
+            caller,
+            prompt=PromptFields.read(fields),
+            output_tokens=optional_integer(fields, "max_tokens", 0, limits.OUTPUT_TOKENS_MAX),
         )
-        request = ValidatedRequest(
+        if len(sources) * terms.choices > limits.REQUEST_CHOICES_MAX:
+            raise refuse("n", f"at most {limits.REQUEST_CHOICES_MAX} choices for all prompts together")
+        asked = limits.OUTPUT_TOKENS_DEFAULT if terms.output_tokens is None else terms.output_tokens
+        prompts = await self._prompts.encode(
+            sources, terms.prompt, output_tokens=asked, wait_ms=self._left_ms(terms.arrived_us, terms.deadline_ms)
+        )
+        lengths = [self._length(terms, len(prompt.token_ids), limits.OUTPUT_TOKENS_DEFAULT) for prompt in prompts]
+        requests = [self._request(terms, prompt, length) for prompt, length in zip(prompts, lengths, strict=True)]
+        return await self._finished(terms, requests)
+
+    async def _conversation(self, fields: Fields, caller: Caller) -> ValidatedRequest:
+        fields = self._known(fields, CHAT)
+        template = require_template(self._chat)
+        conversation = chat_fields.read_conversation(fields)
+        output_field = chat_fields.output_field(fields)
+        terms = self._terms(
+            chat_fields.in_completions_words(fields),
+            caller,
+            prompt=PromptFields.read(fields, chat=True),
+            output_tokens=optional_integer(fields, output_field, 0, limits.OUTPUT_TOKENS_MAX),
+            output_field=output_field,
+        )
+        prompt = await self._prompts.encode_chat(
+            conversation,
+            template,
+            terms.prompt,
+            output_tokens=terms.output_tokens or 0,
+            wait_ms=self._left_ms(terms.arrived_us, terms.deadline_ms),
+        )
+        length = self._length(terms, len(prompt.token_ids), _longest_chat_answer(terms))
+        (request,) = await self._finished(terms, [replace(self._request(terms, prompt, length), chat=True)])
+        return request
+
+    def _request(self, terms: Terms, prompt: Prompt, length: int) -> ValidatedRequest:
+        seed = self._draw_seed() if terms.seed is None else terms.seed  # a given one is that of all prompts
+        return ValidatedRequest(
             token_ids=prompt.token_ids,
-            sampling=SamplingParams(
-                max_tokens=self._max_tokens(fields, len(prompt.token_ids)),
-                constraint=constraint.constraint if constraint is not None else None,
-                **wanted,
-            ),
-            **travel,
             echo_text=prompt.echo_text,
-            skip_special_tokens=prompt_fields.skip_special_tokens,
-            constraint_field=constraint.field if constraint is not None else "",
-            **answer,
+            sampling=SamplingParams(max_tokens=length, seed=seed, **terms.sampling),
+            **terms.request,
         )
-        check_fit(request)
-        await self._check(constraint, self._left_ms(arrived_us, deadline_ms))
-        return replace(request, deadline_ms=self._left_ms(arrived_us, deadline_ms))
 
-    def _sampling(self, fields: Fields) -> dict[str, Any]:
-        card, vocabulary = self._card, self._vocabulary
-        return read_sampling(fields, vocabulary=vocabulary, vocab_size=card.vocab_size, draw_seed=self._draw_seed)
+    def _length(self, terms: Terms, prompt_tokens: int, default: int) -> int:
+        """The default shrinks to the room that the prompt leaves; an explicit value that does not fit is refused."""
+        room = self._card.max_model_len - prompt_tokens
+        if terms.output_tokens is None:
+            return min(default, room)
+        if terms.output_tokens > room:
+            text = (
+                f"prompt and {terms.output_field} together at most {self._card.max_model_len} tokens, "
+                f"got {prompt_tokens} + {terms.output_tokens}"
+            )
+            raise refuse(terms.output_field, text)
+        return terms.output_tokens
+
+    async def _finished(self, terms: Terms, requests: list[ValidatedRequest]) -> list[ValidatedRequest]:
+        """Checked as a whole, and told what time is left."""
+        for request in requests:
+            check_min_tokens(request)
+        check_logprobs(requests)
+        await self._check(terms.constraint, self._left_ms(terms.arrived_us, terms.deadline_ms))
+        left_ms = self._left_ms(terms.arrived_us, terms.deadline_ms)
+        return [replace(request, deadline_ms=left_ms) for request in requests]
+
+    # -- what is the same for all prompts ------------------------------------------------------------------------------
+    def _known(self, fields: Fields, dialect: Dialect) -> Fields:
+        """Notes what is unknown, refuses what is not served."""
+        self._unknown.note(sorted(fields.keys() - dialect.shape.known))
+        self._check_model(fields)
+        refuse_not_served(fields, dialect.not_served)
+        return fields
+
+    def _terms(self, fields: Fields, caller: Caller, *, prompt: PromptFields, **output: Any) -> Terms:
+        arrived_us = self.clock_us() if caller.arrived_us is None else caller.arrived_us
+        knobs = self._knobs(fields, caller)
+        options = object_or_empty(fields, "stream_options")
+        self._unknown.note(f"stream_options.{name}" for name in sorted(options.keys() - set(STREAM_OPTIONS)))
+        constraint = read_constraint(fields)
+        request = {
+            **knobs.travel,
+            **read_answer(fields),
+            "tenant": caller.tenant.name,
+            "label": _label(fields, caller),
+            "skip_special_tokens": prompt.skip_special_tokens,
+            "constraint_field": constraint.field if constraint is not None else "",
+        }
+        seed = optional_integer(fields, "seed", 0, limits.SEED_MAX)
+        sampling = read_sampling(fields, vocabulary=self._vocabulary, vocab_size=self._card.vocab_size)
+        return Terms(
+            arrived_us=arrived_us,
+            deadline_ms=knobs.deadline_ms,
+            request=request,
+            seed=seed,
+            sampling={**sampling, "constraint": constraint.constraint if constraint is not None else None},
+            constraint=constraint,
+            prompt=prompt,
+            **output,
+        )
+
+    def _knobs(self, fields: Fields, caller: Caller) -> Knobs:
+        return read_knobs(
+            fields,
+            caller,
+            codecs=self._config.codecs,
+            deadline_ms_default=self._config.deadline_ms_default,
+            note_unknown=self._unknown.note,
+        )
 
     def _left_ms(self, arrived_us: int, deadline_ms: int) -> int:
         left_ms = deadline_ms - (self.clock_us() - arrived_us) // 1_000
@@ -232,41 +370,6 @@ class Validator:
             raise refuse("model", "must be a string")
         if model and model != self._card.name:
             raise NotFound("model: this model is not served here; GET /v1/models lists what is", field="model")
-
-    def _stream_options(self, fields: Fields) -> dict[str, bool]:
-        options = object_or_empty(fields, "stream_options")
-        if options and not boolean(fields, "stream"):
-            raise refuse("stream_options", "needs stream to be true")
-        self._unknown.note(f"stream_options.{name}" for name in sorted(options.keys() - set(STREAM_OPTIONS)))
-        include_usage, continuous_usage = (boolean(options, name, prefix="stream_options.") for name in STREAM_OPTIONS)
-        return {"include_usage": include_usage, "continuous_usage": include_usage and continuous_usage}
-
-    def _triptych(self, fields: Fields) -> tuple[dict[str, Any], int]:
-        """How its KV travels, and how long it may take."""
-        knobs = object_or_empty(fields, "triptych")
-        for name in sorted(knobs.keys() - set(TRIPTYCH_KEYS)):
-            raise _misspelt(name)
-        codec = knobs.get("codec")
-        if codec is not None and codec not in self._config.codecs:
-            raise refuse("triptych.codec", f"must be one of: {', '.join(self._config.codecs)}")
-        kl_budget = optional_number(knobs, "kl_budget", 0, limits.KL_BUDGET_MAX, prefix="triptych.")
-        default_ms, most_ms = self._config.deadline_ms_default, limits.REQUEST_DEADLINE_MS_MAX
-        deadline_ms = integer(knobs, "deadline_ms", default_ms, 1, most_ms, prefix="triptych.")
-        return {"codec": codec or "", "kl_budget": kl_budget}, deadline_ms
-
-    def _max_tokens(self, fields: Fields, prompt_tokens: int) -> int:
-        """The default shrinks to the room that the prompt leaves; an explicit value that does not fit is refused."""
-        room = self._card.max_model_len - prompt_tokens
-        wanted = _asked_tokens(fields)
-        if fields.get("max_tokens") is None:
-            return min(wanted, room)
-        if wanted > room:
-            text = (
-                f"prompt and max_tokens together at most {self._card.max_model_len} tokens, "
-                f"got {prompt_tokens} + {wanted}"
-            )
-            raise refuse("max_tokens", text)
-        return wanted
 
     async def _check(self, constraint: NamedConstraint | None, wait_ms: int) -> None:
         """Compiled once here, so that a grammar which nobody can obey is refused before it costs a worker anything."""
@@ -282,70 +385,57 @@ def _loop_us() -> int:
     return int(asyncio.get_running_loop().time() * 1_000_000)
 
 
-def _asked_tokens(fields: Fields) -> int:
-    return integer(fields, "max_tokens", limits.OUTPUT_TOKENS_DEFAULT, 0, limits.OUTPUT_TOKENS_MAX)
+def _decoded(body: bytes, dialect: Dialect) -> dict[str, Any]:
+    try:
+        return bodies.decode_body_untrusted(body, dialect.shape)
+    except FrameError as error:
+        message = bodies.ERRORS[error.reason]
+        raise InvalidArgument(message, field=message.partition(":")[0]) from None
 
 
-# -- groups of fields --------------------------------------------------------------------------------------------------
-def _choices(fields: Fields) -> int:
-    choices = integer(fields, "n", 1, 1, limits.CHOICES_MAX)
-    best_of = optional_integer(fields, "best_of", 1, limits.CHOICES_MAX)
-    if best_of not in (None, choices):
-        raise refuse("best_of", "must be the same as n: choices are not ranked here")
-    return choices
+def _label(fields: Fields, caller: Caller) -> str:
+    """The header's id before the body's. A session is no more than a name yet: nothing is kept for one."""
+    said = [optional_string(fields, name, limits.REQUEST_ID_CHARACTERS_MAX) for name in ("request_id", "session_id")]
+    return caller.label or word(said[0] or "")
 
 
-def read_answer(fields: Fields) -> dict[str, Any]:
-    """What the answer looks like, when it is due, and who may share what it costs."""
-    return {
-        "choices": _choices(fields),
-        "stream": boolean(fields, "stream"),
-        "stop": _stop(fields),
-        "include_stop": boolean(fields, "include_stop_str_in_output"),
-        "prompt_logprobs": optional_integer(fields, "prompt_logprobs", 0, limits.LOGPROBS_MAX),
-        "return_token_ids": boolean(fields, "return_token_ids"),
-        "tokens_as_ids": boolean(fields, "return_tokens_as_token_ids"),
-        "priority": integer(fields, "priority", 0, -limits.PRIORITY_MAX, limits.PRIORITY_MAX),
-        "cache_salt": _cache_salt(fields),
-    }
+def _longest_chat_answer(terms: Terms) -> int:
+    """Unless the client says how long: as long as one may be, and as one piece of JSON can hold the scores of."""
+    alternatives: int | None = terms.sampling["logprobs"]
+    if alternatives is None or terms.request["stream"]:
+        return limits.OUTPUT_TOKENS_MAX
+    return limits.LOGPROBS_PER_ANSWER_MAX // (terms.choices * (1 + alternatives))
 
 
-def _stop(fields: Fields) -> tuple[str, ...]:
-    """One string or a list of them; the empty string, alone, is none."""
-    stop = fields.get("stop")
-    if isinstance(stop, str):
-        fields = {"stop": [stop] if stop else None}
-    return strings(fields, "stop", limits.STOP_STRINGS_MAX, limits.STOP_STRING_CHARACTERS_MAX)
-
-
-def _cache_salt(fields: Fields) -> str:
-    """A salt parts its users from others of their tenant; `user` is a name in the client's own books and parts none."""
-    salt = fields.get("cache_salt")
-    if salt is None:
-        return ""
-    if type(salt) is not str or not 1 <= len(salt) <= limits.CACHE_SALT_CHARACTERS_MAX:
-        raise refuse("cache_salt", f"must be a string of 1 to {limits.CACHE_SALT_CHARACTERS_MAX} characters")
-    return salt
-
-
-def check_fit(request: ValidatedRequest) -> None:
-    """What depends on several fields at once."""
+# -- what depends on several fields at once ----------------------------------------------------------------------------
+def check_min_tokens(request: ValidatedRequest) -> None:
     sampling = request.sampling
     if sampling.min_tokens > sampling.max_tokens:
         raise refuse("min_tokens", f"must be at most max_tokens, which is {sampling.max_tokens}")
-    lists_of_prompt = (request.choices if request.echo_text is not None else 0) + (request.prompt_logprobs is not None)
+
+
+def check_logprobs(requests: Sequence[ValidatedRequest]) -> None:
+    """All that one body asks for is one answer."""
+    numbers = sum(map(_logprob_count, requests))
+    if numbers > limits.LOGPROBS_PER_ANSWER_MAX:
+        field = "logprobs" if requests[0].sampling.logprobs is not None else "prompt_logprobs"
+        raise refuse(field, f"at most {limits.LOGPROBS_PER_ANSWER_MAX} log-probabilities in one answer, got {numbers}")
+
+
+def _logprob_count(request: ValidatedRequest) -> int:
+    sampling = request.sampling
+    echoed = request.echo_text is not None and not request.chat
+    lists_of_prompt = (request.choices if echoed else 0) + (request.prompt_logprobs is not None)
     numbers = 0
     if sampling.prompt_logprobs is not None:
         numbers += lists_of_prompt * len(request.token_ids) * (1 + sampling.prompt_logprobs)
     if sampling.logprobs is not None and not request.stream:
         numbers += request.choices * sampling.max_tokens * (1 + sampling.logprobs)
-    if numbers > limits.LOGPROBS_PER_ANSWER_MAX:
-        field = "logprobs" if sampling.logprobs is not None else "prompt_logprobs"
-        raise refuse(field, f"at most {limits.LOGPROBS_PER_ANSWER_MAX} log-probabilities in one answer, got {numbers}")
+    return numbers
 
 
-def refuse_not_served(fields: Fields) -> None:
-    for name, neutral_values in NOT_SERVED.items():
+def refuse_not_served(fields: Fields, not_served: Mapping[str, tuple[Any, ...]] = NOT_SERVED) -> None:
+    for name, neutral_values in not_served.items():
         value = fields.get(name)
         if value is not None and not any(_same(value, neutral) for neutral in neutral_values):
             accepted = ", ".join(msgspec.json.encode(neutral).decode() for neutral in (None, *neutral_values))
@@ -355,10 +445,3 @@ def refuse_not_served(fields: Fields) -> None:
 def _same(value: Any, neutral: Any) -> bool:
     """Equal in JSON: true is not 1."""
     return bool(value == neutral) and isinstance(value, bool) == isinstance(neutral, bool)
-
-
-def _misspelt(name: str) -> InvalidArgument:
-    short = name[:64]
-    nearest = difflib.get_close_matches(short, TRIPTYCH_KEYS, n=1, cutoff=0.0)[0]
-    shown = msgspec.json.encode(short).decode()
-    return InvalidArgument(f"triptych: unknown key {shown}; did you mean {nearest!r}?", field=f"triptych.{short}")

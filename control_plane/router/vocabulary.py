@@ -1,12 +1,12 @@
 """Text to token ids and back, and the few facts about the model that the edge checks requests against.
 
-`TokenizerVocabulary` reads a model's `tokenizer.json` with the `tokenizers` library alone (the router has no torch and
-no transformers). `OracleVocabulary` serves models that are no models: oracle and paced workers, whose ids mean nothing.
+`TokenizerVocabulary` reads a model's `tokenizer.json` with the `tokenizers` library alone. `OracleVocabulary` serves
+models that are no models: oracle and paced workers, whose ids mean nothing.
 """
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -19,6 +19,8 @@ from control_plane.router.detokenizer import (
     IncrementalDetokenizer,
     WindowDetokenizer,
 )
+from control_plane.router.special_tokens import SpecialToken, SpecialTokens
+from control_plane.router.tokenizer_config import public_settings, read_tokenizer_config
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +43,21 @@ class Vocabulary(Protocol):
     def characters_per_token_max(self) -> int | None:
         """No token stands for more characters of a prompt than this; None where nothing of the kind can be said."""
 
+    @property
+    def guarded(self) -> SpecialTokens:
+        """The tokens that users cannot write by name."""
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What clients may know of the tokenizer, in the words of `tokenizer_config.json`."""
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
+
+    def encode_naming(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The name of a special token means that token, whoever wrote it. For no text that becomes a prompt."""
+
+    def encode_chat(self, text: str, *, mark: str = "", add_special_tokens: bool = False) -> list[int]:
+        """A rendered conversation. The names of special tokens mean those tokens, except where `mark` is inside."""
 
     def detokenizer(
         self, silent_ids: frozenset[int], *, skip_special_tokens: bool = True, prompt: Sequence[int] = ()
@@ -55,6 +71,9 @@ class Vocabulary(Protocol):
         of them, so that tokens which differ share one key of `top_logprobs` and the likelier ones are lost.
         """
 
+    def token_name(self, token_id: int) -> str:
+        """How the vocabulary itself spells it; nothing for an id that only pads the embedding matrix."""
+
 
 class TokenizerVocabulary:
     """A Hugging Face fast tokenizer.
@@ -64,11 +83,21 @@ class TokenizerVocabulary:
     themselves and send the result as a prompt need the permission.
     """
 
-    def __init__(self, path: Path, vocab_size: int, *, permit_special_tokens: bool = False) -> None:
-        self._tokenizer = Tokenizer.from_file(str(path))
-        self._tokenizer.encode_special_tokens = not permit_special_tokens
-        self._tokenizer.no_truncation()  # a saved file may carry both; either would change a prompt silently
-        self._tokenizer.no_padding()
+    def __init__(
+        self,
+        path: Path,
+        vocab_size: int,
+        *,
+        permit_special_tokens: bool = False,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._naming = _load(path, encode_special_tokens=False)
+        self._tokenizer = self._naming if permit_special_tokens else _load(path, encode_special_tokens=True)
+        self._special = SpecialTokens(_special_tokens(self._naming))
+        self.guarded = SpecialTokens() if permit_special_tokens else self._special
+        self.settings: Mapping[str, Any] = public_settings(settings or {})
+        self._newline = self._ids(self._tokenizer, "\n", add_special_tokens=False)
+        self._joins_plainly = self._starts_pieces_plainly()
         self._vocab_size = vocab_size
         self._token_bytes: list[bytes] | None = None
         self.characters_per_token_max: int | None = None
@@ -82,11 +111,27 @@ class TokenizerVocabulary:
     def from_model_dir(
         cls, model_dir: Path, vocab_size: int, *, permit_special_tokens: bool = False
     ) -> "TokenizerVocabulary":
-        return cls(model_dir / "tokenizer.json", vocab_size, permit_special_tokens=permit_special_tokens)
+        return cls(
+            model_dir / "tokenizer.json",
+            vocab_size,
+            permit_special_tokens=permit_special_tokens,
+            settings=read_tokenizer_config(model_dir),
+        )
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        # The batch call lets go of the GIL, `encode` does not (measured: 10x less progress of other threads).
-        return list(self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
+        return self._ids(self._tokenizer, text, add_special_tokens)
+
+    def encode_naming(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return self._ids(self._naming, text, add_special_tokens)
+
+    def encode_chat(self, text: str, *, mark: str = "", add_special_tokens: bool = False) -> list[int]:
+        if not mark:
+            token_ids = self._ids(self._naming, text, add_special_tokens=False)
+            # A tokenizer that normalises text first may see names where nobody wrote one, in full-width letters say.
+            if not self.guarded.ids or _count(token_ids, self.guarded.ids) <= self.guarded.count(text):
+                return self._between_affixes(token_ids) if add_special_tokens else token_ids
+        token_ids = self._ids_in_pieces(text, mark)
+        return self._between_affixes(token_ids) if add_special_tokens else token_ids
 
     def detokenizer(
         self, silent_ids: frozenset[int], *, skip_special_tokens: bool = True, prompt: Sequence[int] = ()
@@ -101,6 +146,50 @@ class TokenizerVocabulary:
         if token_id not in self._texts:
             self._texts[token_id] = self._text_after_anchor(token_id)
         return self._texts[token_id]
+
+    def token_name(self, token_id: int) -> str:
+        return self._naming.id_to_token(token_id) or ""
+
+    @staticmethod
+    def _ids(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
+        # The batch call lets go of the GIL, `encode` does not (measured: 10x less progress of other threads).
+        return list(tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
+
+    def _ids_in_pieces(self, text: str, mark: str) -> list[int]:
+        """Special tokens that the template named, and between them text that holds none, whatever it says."""
+        token_ids: list[int] = []
+        for piece in self._special.split(text):
+            if isinstance(piece, int):
+                token_ids.append(piece)
+            else:
+                plain = piece.replace(mark, "") if mark else piece
+                token_ids += self._piece(plain, first=not token_ids)
+        return token_ids
+
+    def _piece(self, text: str, *, first: bool) -> list[int]:
+        """Some tokenizers put a space before a text, though not after a special token. Behind a line break they do
+        not either (the way out that transformers takes, too)."""
+        if first or self._joins_plainly:
+            return self._ids(self._tokenizer, text, add_special_tokens=False)
+        token_ids = self._ids(self._tokenizer, "\n" + text, add_special_tokens=False)
+        if token_ids[: len(self._newline)] == self._newline:
+            return token_ids[len(self._newline) :]
+        return self._ids(self._tokenizer, text, add_special_tokens=False)
+
+    def _starts_pieces_plainly(self) -> bool:
+        named = next(iter(_special_tokens(self._naming)), None)
+        if named is None:
+            return True
+        behind = self._ids(self._naming, f"{named.name}a", add_special_tokens=False)[1:]
+        return behind == self._ids(self._tokenizer, "a", add_special_tokens=False)
+
+    def _between_affixes(self, token_ids: list[int]) -> list[int]:
+        """As the tokenizer puts special tokens around one text."""
+        middle = self._ids(self._tokenizer, "a", add_special_tokens=False)
+        whole = self._ids(self._tokenizer, "a", add_special_tokens=True)
+        starts = range(len(whole) - len(middle) + 1)
+        start = next(start for start in starts if whole[start : start + len(middle)] == middle)
+        return whole[:start] + token_ids + whole[start + len(middle) :]
 
     def _decode(self, token_ids: list[int]) -> str:
         return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
@@ -153,6 +242,8 @@ class OracleVocabulary:
 
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
+        self.guarded = SpecialTokens()
+        self.settings: Mapping[str, Any] = {"tokenizer_class": type(self).__name__, "eos_token": None}
         self.characters_per_token_max: int | None = 10  # a space and nine digits, most of them zeros
         self._token_bytes = [b" %d" % token for token in range(vocab_size)]
 
@@ -163,6 +254,12 @@ class OracleVocabulary:
                 return token_ids
         return [byte % self._vocab_size for byte in text.encode()]
 
+    def encode_naming(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return self.encode(text)
+
+    def encode_chat(self, text: str, *, mark: str = "", add_special_tokens: bool = False) -> list[int]:
+        return self.encode(text)
+
     def detokenizer(
         self, silent_ids: frozenset[int], *, skip_special_tokens: bool = True, prompt: Sequence[int] = ()
     ) -> IncrementalDetokenizer:
@@ -170,6 +267,32 @@ class OracleVocabulary:
 
     def token_text(self, token_id: int) -> str:
         return _text_of(self._token_bytes[token_id])
+
+    def token_name(self, token_id: int) -> str:
+        return self._token_bytes[token_id].decode()
+
+
+# -- special tokens ----------------------------------------------------------------------------------------------------
+def _load(path: Path, *, encode_special_tokens: bool) -> Tokenizer:
+    """`encode_special_tokens`: their names are text like any other. One tokenizer cannot do both: it is a setting that
+    all threads would share."""
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.encode_special_tokens = encode_special_tokens
+    tokenizer.no_truncation()  # a saved file may carry both; either would change a prompt silently
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _special_tokens(tokenizer: Tokenizer) -> list[SpecialToken]:
+    return [
+        SpecialToken(token_id, added.content, added.lstrip, added.rstrip, added.single_word)
+        for token_id, added in sorted(tokenizer.get_added_tokens_decoder().items())
+        if added.special
+    ]
+
+
+def _count(token_ids: list[int], wanted: frozenset[int]) -> int:
+    return sum(1 for token_id in token_ids if token_id in wanted)
 
 
 # -- single tokens -----------------------------------------------------------------------------------------------------

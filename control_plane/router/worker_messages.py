@@ -22,7 +22,7 @@ def prefill(request: LiveRequest, *, deadline_ms: int) -> pb.Prefill:
         deadline_ms=deadline_ms,
         tenant=request.submit.cache_scope,
         choices=request.choices,
-        priority=request.submit.priority,
+        priority=request.priority,
     )
 
 
@@ -40,7 +40,7 @@ def reserve(request: LiveRequest, worker: Worker, *, deadline_ms: int) -> pb.Res
         tenant=request.submit.cache_scope,
         choices=_choices(request),
         **_encoding(request),
-        priority=request.submit.priority,
+        priority=request.priority,
     )
 
 

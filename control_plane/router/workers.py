@@ -26,6 +26,31 @@ OTHER_EVENTS = "other"
 
 
 @dataclass(slots=True)
+class Backlog:
+    """Prompts sent to a worker and not yet computed, by our own count: a status is a heartbeat old."""
+
+    prompts: dict[int, int] = field(default_factory=dict)  # request id -> tokens to compute, oldest first
+    tokens: int = 0
+
+    @property
+    def tokens_behind_first(self) -> int:
+        """How much is left for certain when the first is done. Of the first itself nobody knows how much is left."""
+        return self.tokens - next(iter(self.prompts.values()), 0)
+
+    def add(self, request_id: int, tokens: int) -> None:
+        self.prompts[request_id] = tokens
+        self.tokens += tokens
+
+    def remove(self, request_id: int) -> None:
+        """Also of one that is not here."""
+        self.tokens -= self.prompts.pop(request_id, 0)
+
+    def clear(self) -> None:
+        self.prompts.clear()
+        self.tokens = 0
+
+
+@dataclass(slots=True)
 class Worker:
     """One worker process. `session` is None while there is no link to it.
 
@@ -41,7 +66,8 @@ class Worker:
     status: pb.WorkerStatus = field(default_factory=pb.WorkerStatus)
     events: dict[str, int] = field(default_factory=dict)  # its own counts so far; they outlive a session
     prefix_cache: dict[str, int] = field(default_factory=dict)  # likewise
-    prefill_tokens: int = 0  # sent and not yet prefilled, by our own count: the status is a heartbeat old
+    backlog: Backlog = field(default_factory=Backlog)  # of all prompts
+    urgent: Backlog = field(default_factory=Backlog)  # of those among them that go before the others
     bound: int = 0  # reservations and decodes of ours there
 
     @property
@@ -51,6 +77,14 @@ class Worker:
     @property
     def link(self) -> LinkName:
         return LINK_PREFIX + self.info.worker
+
+    @property
+    def prefill_tokens(self) -> int:
+        return self.backlog.tokens
+
+    def has_room(self, *, urgent: bool, ahead_tokens: int) -> bool:
+        """Whether it would run dry without another prompt soon; an urgent one does not see those that it passes."""
+        return (self.urgent if urgent else self.backlog).tokens_behind_first < ahead_tokens
 
     @property
     def serving(self) -> bool:
@@ -153,6 +187,11 @@ class WorkerPool:
         """Tokens that one request may have at any worker it could be placed at. Zero in the table: not said."""
         told = (w.info.max_model_len for w in self if w.serving and w.info.max_model_len)
         return min(told, default=limits.PROMPT_TOKENS_MAX)
+
+    @property
+    def decode_tokens(self) -> int:
+        """KV memory of all decode workers that can be asked now. Zero: they have not said."""
+        return sum(w.info.total_columns * w.info.block_size_tokens for w in self if w.serving and w.has(Role.DECODE))
 
     def holds_group(self, prompt_tokens: int, choices: int, growth_tokens: int) -> bool:
         """Whether every decode worker, when empty, has room for one prompt and what each choice adds to it: a copy of

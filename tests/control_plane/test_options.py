@@ -24,7 +24,7 @@ WORKER = WorkerOptions(name="p", roles=frozenset({Role.PREFILL}), controller="12
     [
         ({"block_size": 0}, "block-size"),
         ({"layers_per_group": 0}, "layers-per-group"),
-        ({"step_tokens": 0}, "step-tokens"),
+        ({"step_tokens": 0}, "max-num-batched-tokens"),
         ({"max_model_len": 1}, "max-model-len"),
         ({"kv_cache_mib": 0}, "kv-cache-mib"),
         ({"model": "oracle"}, "executor"),

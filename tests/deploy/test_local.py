@@ -2,14 +2,19 @@
 
 import asyncio
 import signal
+import ssl
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
+import trustme
 
 from control_plane.lifecycle import STATUS_BUG
-from control_plane.options import OptionError
+from control_plane.options import EdgeOptions, OptionError
 from deploy import local
-from deploy.local import Child, LocalCluster
+from deploy.local import KILL_AFTER_S, Child, LocalCluster
 from deploy.options import ServeOptions
 
 DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(60)"
@@ -60,3 +65,91 @@ async def test_a_child_that_cannot_be_started_again_fails_the_cluster(monkeypatc
     assert cluster.failed.is_set()
     assert cluster.exit_status == STATUS_BUG
     assert await cluster.stop()
+
+
+async def test_only_the_router_is_given_the_drain_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers have nobody left to serve when it has gone: all of it ends within the drain and some seconds."""
+    given_s: dict[str, float] = {}
+
+    async def end(child: Child, timeout_s: float) -> bool:
+        given_s[child.name] = timeout_s
+        return True
+
+    monkeypatch.setattr(Child, "end", end)
+    assert await LocalCluster(replace(any_ports(), drain_timeout_s=20.0)).stop()
+    assert given_s.pop("router") == 20.0 + KILL_AFTER_S
+    assert set(given_s.values()) == {KILL_AFTER_S}
+
+
+# -- TLS ---------------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def edge(tmp_path_factory: pytest.TempPathFactory) -> EdgeOptions:
+    """A certificate for a name that does not lead here, of an authority that nobody knows."""
+    folder = tmp_path_factory.mktemp("tls")
+    authority = trustme.CA()
+    issued = authority.issue_cert("models.example.org")
+    for name, text in {
+        "key": issued.private_key_pem,
+        "chain": issued.cert_chain_pems[0],
+        "ca": authority.cert_pem,
+    }.items():
+        text.write_to_path(str(folder / name))
+    return EdgeOptions(ssl_certfile=folder / "chain", ssl_keyfile=folder / "key", ssl_ca_certs=folder / "ca")
+
+
+@asynccontextmanager
+async def ready_over_tls(edge: EdgeOptions) -> AsyncIterator[int]:
+    """Answers 200 to whoever it lets in."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    assert edge.ssl_certfile is not None
+    context.load_cert_chain(edge.ssl_certfile, edge.ssl_keyfile)
+    if edge.ssl_ca_certs is not None:
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.load_verify_locations(edge.ssl_ca_certs)
+    async with await asyncio.start_server(answer, "127.0.0.1", 0, ssl=context) as server:
+        yield server.sockets[0].getsockname()[1]
+
+
+@pytest.mark.parametrize("mutual", [False, True])
+async def test_readiness_is_seen_through_tls(edge: EdgeOptions, mutual: bool) -> None:
+    edge = edge if mutual else replace(edge, ssl_ca_certs=None)
+    cluster = LocalCluster(replace(any_ports(), edge=edge))
+    cluster.router.process = await run_python("import time; time.sleep(60)")
+    async with ready_over_tls(edge) as port, local._probing(edge) as client:
+        cluster.options = replace(cluster.options, port=port)
+        assert cluster.url == f"https://127.0.0.1:{port}"
+        assert await cluster._is_ready(client), cluster.unready
+    assert await cluster.stop()
+
+
+async def test_a_stranger_is_not_let_in_where_certificates_are_asked_for(edge: EdgeOptions) -> None:
+    """What the test above would show if nobody checked."""
+    cluster = LocalCluster(replace(any_ports(), edge=edge))
+    async with ready_over_tls(edge) as port, local._probing(replace(edge, ssl_ca_certs=None)) as client:
+        cluster.options = replace(cluster.options, port=port)
+        assert not await cluster._is_ready(client)
+        assert cluster.unready
+    assert await cluster.stop()
+
+
+async def test_what_is_announced_works_when_it_is_copied(edge: EdgeOptions, capsys: pytest.CaptureFixture[str]) -> None:
+    for options, words in (
+        (EdgeOptions(), "  curl http://127.0.0.1:"),
+        (EdgeOptions(api_keys=("sk-secret",)), '  curl -H "authorization: Bearer $TRIPTYCH_API_KEY" http://'),
+        (replace(edge, ssl_ca_certs=None), "  curl --cacert CA.pem https://127.0.0.1:"),
+        (edge, "  curl --cacert CA.pem --cert CLIENT.pem https://127.0.0.1:"),
+    ):
+        cluster = LocalCluster(replace(any_ports(), edge=options))
+        local._announce(cluster, 1.0)
+        printed = capsys.readouterr().out
+        assert words in printed
+        assert f"triptych chat --url {cluster.url}\n" in printed
+        assert "sk-secret" not in printed
+        assert await cluster.stop()

@@ -31,8 +31,8 @@ def test_a_mixed_worker_alone_is_a_cluster() -> None:
         ({"prefill": 2_000}, "prefill"),
         ({"port": 70_000}, "port"),
         ({"port": 9_000, "admin_port": 9_000}, "admin-port"),
-        ({"drain_timeout_s": -1.0}, "drain-timeout-s"),
-        ({"drain_timeout_s": float("nan")}, "drain-timeout-s"),
+        ({"drain_timeout_s": -1.0}, "drain-timeout"),
+        ({"drain_timeout_s": float("nan")}, "drain-timeout"),
     ],
 )
 def test_serve_refuses(given: dict[str, Any], option: str) -> None:

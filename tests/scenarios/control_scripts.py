@@ -2,7 +2,8 @@
 
 Router: workers are called by their ids, the controller `controller`, clients by the keys of their requests.
 
-    > router [requests_max=.. attempts_max=..]   starts the machine; also codec= kl_budget=
+    > router [requests_max=.. attempts_max=..]   starts the machine; also any other number of its Config, codec=
+                                                 kl_budget=
     > cluster p1:prefill d1:decode ...           starts it with these workers, connected and serving (prints nothing)
     > up d1 / > lost d1 reason                   a link opens, is lost
     > table term=2 p1:prefill d1:decode ...      the controller publishes; optional: max_len= block= (tokens in a block)
@@ -11,7 +12,7 @@ Router: workers are called by their ids, the controller `controller`, clients by
                                                  logprobs=-1,-2 are of so many tokens, each the likeliest
     > submit 1 tokens=1..8 max=4 / > cancel 1 / > stop 1 choice=1 / > reset_cache / > shutdown
                                                  submit also: n= priority= tenant= logprobs= scores= deadline_ms=
-                                                 codec= kl_budget=
+                                                 codec= kl_budget= ttft_slo_ms=
     > requests / > workers / > counters          what the router believes
 
 Controller: peers are called as they introduce themselves.
@@ -21,6 +22,7 @@ Controller: peers are called as they introduce themselves.
     > w1: register info.worker=w1 ...            a message; > again w1#2 worker is a second link of the same sender
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -140,6 +142,7 @@ class RouterScript(Script):
             sampling=sampling,
             tenant=words.keyed.get("tenant", ""),
             deadline_ms=asked.get("deadline_ms", 0),
+            ttft_slo_ms=asked.get("ttft_slo_ms"),
             choices=asked.get("n", 1),
             priority=asked.get("priority", 0),
             codec=words.keyed.get("codec", ""),
@@ -233,6 +236,10 @@ class RouterScript(Script):
             bound = sum(r.target is not None and r.target.worker == worker.id for r in requests)
             prefill = sum(r.prefill_load_tokens for r in requests if r.source and r.source.worker == worker.id)
             assert (worker.bound, worker.prefill_tokens) == (bound, prefill), f"{worker.id}: load is off"
+        held = Counter[str]()
+        for request in requests:
+            held[request.submit.tenant] += request.decode_tokens
+        assert self.machine._decode_memory.shares._held == +held, "decode memory is off"
 
 
 def _only(keyed: dict[str, str], *names: str) -> dict[str, str]:

@@ -22,7 +22,7 @@ from engine.base.virtual_host import VirtualWorld
 from kv_transfer.codecs import CodecSet
 from kv_transfer.transports.memory import MemoryNetwork, MemoryTransport
 from tests.sim.history import Violation
-from tests.sim.processes import ORACLE, Core, Process, Shape, WorkerEngine
+from tests.sim.processes import Core, Process, Shape, WorkerEngine
 from tests.sim.weather import Weather
 
 CONTROLLER = "controller"
@@ -133,19 +133,21 @@ class VirtualCluster:
         if name == CONTROLLER:
             return ControllerCore()
         if name == ROUTER:
-            return RouterCore(RouterConfig(router_id=identity, controller_address=CONTROLLER))
-        worker = self._shapes[name]
+            return RouterCore(
+                RouterConfig(router_id=identity, controller_address=CONTROLLER, **self.shape.router_options)
+            )
+        worker, oracle = self._shapes[name], self.shape.oracle
         config = WorkerConfig(
             worker_id=identity,
             name=name,
             address=name,
             controller_address=CONTROLLER,
             roles=worker.roles,
-            model=ORACLE.schema.model,
-            schema=ORACLE.schema,
-            codecs=CodecSet(ORACLE.schema.kv, self.shape.profile),
-            vocab_size=ORACLE.vocab_size,
-            max_model_len=ORACLE.max_model_len,
+            model=oracle.schema.model,
+            schema=oracle.schema,
+            codecs=CodecSet(oracle.schema.kv, self.shape.profile),
+            vocab_size=oracle.vocab_size,
+            max_model_len=oracle.max_model_len,
             block_size=self.shape.block_size,
             columns=worker.columns,
             growth_tokens=self.shape.growth_tokens,
@@ -207,11 +209,15 @@ class VirtualCluster:
 
     def _check_router_quiet(self, router: RouterCore) -> None:
         """It has forgotten every request and every dead worker, and knows the living ones."""
-        held = (router.in_flight, len(router._requests), router._queue.tokens)
+        held = (router.in_flight, len(router._requests), len(router._queue))
         if any(held):
-            raise Violation(f"I7: a router of (submissions, requests at workers, queued tokens) {held}")
+            raise Violation(f"I7: a router of (submissions, requests at workers, queued requests) {held}")
+        shares = (router._admission.choices, router._queue.shares, router._decode_memory.shares)
+        if any(share.total or share._held for share in shares):
+            raise Violation(f"I7: shares that nobody gave back: {[share._held for share in shares]}")
         busy = {worker.info.name: (worker.bound, worker.prefill_tokens) for worker in router.pool}
-        if any(any(load) for load in busy.values()):
+        listed = [worker for worker in router.pool if worker.backlog.prompts or worker.urgent.prompts]
+        if listed or any(any(load) for load in busy.values()):
             raise Violation(f"I7: an idle router believes that workers are busy: {busy}")
         known = [(view.id, view.state, view.connected) for view in router.workers()]
         living = [(process.identity, "SERVING", True) for process in self.workers]

@@ -16,6 +16,7 @@ from engine.types import Role
 from tests.sim.cluster import CONTROLLER, ROUTER, VirtualCluster
 from tests.sim.processes import Shape, WorkerShape
 from tests.sim.weather import Noise
+from tests.sim.workload import TENANTS
 
 LAST_FAULT_US = 5_000_000  # none begins later, ambushes included
 FAULTS_END_US = 10_000_000
@@ -105,6 +106,15 @@ def draw_shape(random: Random) -> Shape:
         bytes_per_second=random.choice((None, 200_000)),
         job_us=random.choice((50, 2_000, 15_000)),
     )
+
+
+def draw_router_options(random: Random) -> dict[str, int]:
+    """As many tenants as the workload has, or one; prompts that wait in the router, or at workers."""
+    return {
+        "tenants": random.choice((1, len(TENANTS), len(TENANTS))),
+        "prefill_ahead_tokens": random.choice((1, 48, 1_024)),
+        "no_progress_ms": random.choice((2_000, 30_000)),
+    }
 
 
 def draw_plan(random: Random, shape: Shape) -> FaultPlan:

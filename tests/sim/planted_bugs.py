@@ -218,8 +218,8 @@ def lesson_11_group_is_over_at_its_commit() -> Iterator[None]:
     its first token, and hence never got to the target."""
     fork = RouterCore._fork
 
-    def fork_and_forget(self: RouterCore, group: LiveRequest) -> list[object]:
-        actions = fork(self, group)
+    def fork_and_forget(self: RouterCore, group: LiveRequest, now_us: int) -> list[object]:
+        actions = fork(self, group, now_us)
         for child in list(group.forks.values()):
             if self._leave_group(child) is not None:
                 self._disband(group)

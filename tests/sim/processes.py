@@ -1,8 +1,8 @@
 """Processes of a virtual cluster: how one is put together, as its program would do it, with the watchers inside."""
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -11,7 +11,7 @@ from control_plane.controller.core import ControllerCore
 from control_plane.router.core import RouterCore
 from engine.base.virtual_host import VirtualProcess, VirtualWorld
 from engine.commands import EngineEvent
-from engine.core import assert_quiet
+from engine.core import EngineCore, assert_quiet
 from engine.executors.oracle import OracleExecutor
 from engine.kv.arena import Arena
 from engine.scheduler import Scheduler
@@ -55,6 +55,9 @@ class Shape:
     job_us: int = 500
     step_time: StepTimeModel = STEP_TIME
     profile: Profile | None = None  # of every worker
+    oracle: OracleExecutor.Config = ORACLE
+    watched: bool = True  # False where only times matter: watching costs more than everything else
+    router_options: Mapping[str, int] = field(default_factory=dict)  # fields of the router's `Config`
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -65,18 +68,18 @@ class WorkerEngine:
     """A worker's engine: the core under watch, an oracle, an arena."""
 
     def __init__(self, world: VirtualWorld, process: VirtualProcess, shape: Shape, worker: WorkerShape) -> None:
-        self.arena = Arena(ORACLE.schema, columns=worker.columns, block_size=shape.block_size)
+        self.arena = Arena(shape.oracle.schema, columns=worker.columns, block_size=shape.block_size)
         config = Scheduler.Config(
             block_size=shape.block_size,
             step_tokens=shape.step_tokens,
             growth_reserve_tokens=shape.growth_tokens,
             near_turn_tokens=2 * shape.step_tokens,
-            max_model_len=ORACLE.max_model_len,
+            max_model_len=shape.oracle.max_model_len,
             recompute=Role.PREFILL in worker.roles,
         )
-        self.core = WatchedEngine(config, ORACLE.schema, self.arena)
+        self.core = (WatchedEngine if shape.watched else EngineCore)(config, shape.oracle.schema, self.arena)
         self.on_events: Callable[[tuple[EngineEvent, ...]], None] = lambda events: None
-        oracle = OracleExecutor(self.arena, ORACLE)
+        oracle = OracleExecutor(self.arena, shape.oracle)
         self.port = VirtualEngine(
             world, lambda events: self.on_events(events), self.core, oracle, shape.step_time, process=process
         )

@@ -6,12 +6,22 @@ A `Violation` names the seed and the command that replays it.
 """
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from random import Random
 
 from tests.sim.cluster import ROUTER, VirtualCluster
-from tests.sim.faults import FAULTS_END_US, LAST_FAULT_US, Fault, FaultPlan, Kill, draw_plan, draw_shape, inject
+from tests.sim.faults import (
+    FAULTS_END_US,
+    LAST_FAULT_US,
+    Fault,
+    FaultPlan,
+    Kill,
+    draw_plan,
+    draw_router_options,
+    draw_shape,
+    inject,
+)
 from tests.sim.history import History, Violation
 from tests.sim.processes import ORACLE, Shape
 from tests.sim.weather import Weather
@@ -45,7 +55,8 @@ class Report:
 
 def draw_scenario(seed: int, *, requests: int = REQUESTS) -> Scenario:
     random = Random(seed)
-    shape = draw_shape(random)
+    router_options = draw_router_options(Random(f"router of {seed}"))
+    shape = replace(draw_shape(random), router_options=router_options)
     plan = draw_plan(random, shape)
     visits = draw_workload(random, ORACLE, requests=requests, span_us=SPAN_US)
     return Scenario(seed=seed, shape=shape, plan=plan, visits=tuple(visits))

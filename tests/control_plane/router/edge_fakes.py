@@ -4,7 +4,7 @@ import asyncio
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import httpx
@@ -12,8 +12,9 @@ import msgspec
 
 from control_plane.router import edge as edge_module
 from control_plane.router import validation
+from control_plane.router.chat_template import ChatTemplate
 from control_plane.router.edge import Edge
-from control_plane.router.http import Config, admin_app, public_app
+from control_plane.router.http import CHAT, COMPLETIONS, Config, admin_app, public_app
 from control_plane.router.metrics import RouterMetrics
 from control_plane.router.requests import (
     Cancel,
@@ -26,6 +27,7 @@ from control_plane.router.requests import (
     TokensReady,
     WorkerView,
 )
+from control_plane.router.tenants import Keys
 from control_plane.router.validation import Validator
 from control_plane.router.vocabulary import ModelCard, OracleVocabulary, Vocabulary
 from engine.base.errors import Cancelled, InvalidArgument, TriptychError
@@ -56,6 +58,16 @@ WORKER = WorkerView(
     running=2,
     waiting=1,
 )
+
+
+MESSAGES = [{"role": "user", "content": "hello"}]
+TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
+
+
+@cache
+def template() -> ChatTemplate:
+    """What users say, and nothing else. Compiled once: it takes longer than most tests."""
+    return ChatTemplate(TEMPLATE)
 
 
 Event = Submit | Stop | Cancel | ResetCache
@@ -195,6 +207,8 @@ class Router:
         edge_config: edge_module.Config | None = None,
         http_config: Config | None = None,
         validation_config: validation.Config | None = None,
+        keys: Keys | None = None,
+        chat: ChatTemplate | None = None,
     ) -> None:
         self.core = FakeCore()
         self.state = FakeState()
@@ -221,16 +235,19 @@ class Router:
             count_unknown=self.metrics.unknown_fields,
             check_constraint=self.check_constraint,
             clock_us=lambda: self.now_us,
+            chat=chat,
         )
         self.app = public_app(
             edge=self.edge,
             validator=self.validator,
             state=self.state,
-            metrics=self.metrics,
             wall_s=lambda: 1_700_000_000.5,
+            keys=keys,
             config=http_config,
         )
-        self.admin = admin_app(state=self.state, metrics=self.metrics, reset_cache=self.edge.reset_cache)
+        self.admin = admin_app(
+            state=self.state, metrics=self.metrics, reset_cache=self.edge.reset_cache, abort=self.edge.abort
+        )
 
     def check_constraint(self, constraint: Constraint) -> None:
         self.constraints.append(constraint)
@@ -245,6 +262,9 @@ class Router:
     async def complete(self, **fields: Any) -> httpx.Response:
         return await self.request("POST", "/v1/completions", json={"prompt": [1, 2, 3], **fields})
 
+    async def converse(self, **fields: Any) -> httpx.Response:
+        return await self.request("POST", CHAT, json={"messages": MESSAGES, **fields})
+
     def sample(self, name: str, **labels: str) -> float | None:
         return self.metrics.registry.get_sample_value(name, labels)
 
@@ -252,7 +272,9 @@ class Router:
 class Call:
     """One HTTP request spoken in ASGI messages, so that a test decides when the client reads and when it leaves."""
 
-    def __init__(self, app: Any, body: bytes, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
+    def __init__(
+        self, app: Any, body: bytes, headers: Sequence[tuple[bytes, bytes]] = (), path: str = COMPLETIONS
+    ) -> None:
         self.sent: list[dict[str, Any]] = []
         self.reading = asyncio.Event()
         self.reading.set()
@@ -263,7 +285,7 @@ class Call:
         scope = {
             "type": "http",
             "method": "POST",
-            "path": "/v1/completions",
+            "path": path,
             "headers": list(headers),
             "query_string": b"",
         }
@@ -291,6 +313,10 @@ async def turns(count: int = 12) -> None:
 
 def body(**fields: Any) -> bytes:
     return msgspec.json.encode({"prompt": [1, 2, 3], "stream": True, **fields})
+
+
+def chat_body(**fields: Any) -> bytes:
+    return msgspec.json.encode({"messages": MESSAGES, "stream": True, **fields})
 
 
 def events(stream: bytes) -> list[dict[str, Any]]:

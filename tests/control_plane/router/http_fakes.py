@@ -43,11 +43,11 @@ class Served:
     def __init__(self, server: HttpServer, task: asyncio.Task[None], port: int) -> None:
         self.server = server
         self.task = task
-        self._port = port
+        self.port = port
         self._clients: list[Client] = []
 
     async def connect(self) -> Client:
-        client = Client(*await asyncio.open_connection("127.0.0.1", self._port))
+        client = Client(*await asyncio.open_connection("127.0.0.1", self.port))
         self._clients.append(client)
         return client
 

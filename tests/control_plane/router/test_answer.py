@@ -374,6 +374,21 @@ async def test_prompt_logprobs_are_vllms_list() -> None:
     ]
 
 
+async def test_scores_that_were_read_before_the_ending_they_go_with_are_not_lost() -> None:
+    router = Router()
+    router.core.over = lambda *ignored: None  # type: ignore[method-assign]  # the core is slow to hear of a stop
+    call = Call(router.app, body(stop="6", echo=True, logprobs=0, prompt=[8, 5]))
+    await turns()
+    router.core.scored(1, 1, FIVE)
+    router.core.tokens(1, 6, logprobs=[SIX])
+    await turns()
+    assert call.sent == [] and router.core.stops == [Stop(1, 0)]
+    router.core.end(1)
+    await call.task
+    (choice,) = assembled(events(call.body))
+    assert (choice["text"], choice["logprobs"]["token_logprobs"]) == (" 8 5 ", [None, -0.5, -2.0])
+
+
 async def test_token_ids_are_returned_on_request() -> None:
     whole, chunks = await both(Router(), says((0, [5], None), (0, [6, 999], STOP)), return_token_ids=True)
     assert whole["choices"][0]["token_ids"] == [5, 6, 999]

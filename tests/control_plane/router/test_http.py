@@ -61,6 +61,9 @@ async def test_a_whole_answer_is_a_text_completion() -> None:
             "cached_tokens": 2,
             "skipped_tokens": 1,
             "phase_ms": {"queue": 1.0, "prefill": 2.0},
+            "ttft_ms": 0.0,
+            "tpot_ms": 0.0,
+            "slo_met": None,
         },
     }
     assert router.edge.in_flight == 0
@@ -246,7 +249,7 @@ async def test_an_answer_that_cannot_be_written_is_an_error_like_every_other(cap
 async def test_what_is_not_there_yet_says_so(path: str) -> None:
     answer = await Router().request("POST", path, json={"messages": []})
     assert answer.status_code == 400
-    message = f"{path}: not served yet; POST /v1/completions is"
+    message = f"{path}: not served yet; POST /v1/completions and /v1/chat/completions are"
     assert answer.json() == {"error": {"message": message, "type": "BadRequestError", "param": None, "code": 400}}
 
 
@@ -308,6 +311,35 @@ async def test_a_client_that_leaves_while_its_prompt_waits_submits_nothing() -> 
     assert call.sent == [] and router.core.delivered == []
     may_encode.set()
     router.validator.close()
+
+
+async def test_a_client_that_leaves_while_its_text_is_tokenized_is_answered_nothing() -> None:
+    may_encode = threading.Event()
+
+    class Waiting(OracleVocabulary):
+        def encode_naming(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+            may_encode.wait(timeout=10)
+            return super().encode_naming(text)
+
+    router = Router(vocabulary=Waiting(1_000), validation_config=validation.Config(inline_characters_max=0))
+    call = Call(router.app, b'{"prompt":"a"}', path="/tokenize")
+    await turns()
+    call.disconnect()
+    await call.task
+    assert call.sent == []
+    may_encode.set()
+    router.validator.close()
+
+
+async def test_text_becomes_tokens_and_tokens_become_text() -> None:
+    router = Router()
+    headers = {"x-request-id": "mine"}
+    answer = await router.request("POST", "/tokenize", json={"prompt": " 5 6"}, headers=headers)
+    assert (answer.json()["tokens"], answer.headers["x-request-id"]) == ([5, 6], "mine")
+    assert (await router.request("POST", "/detokenize", json={"tokens": [5, 6]})).json() == {"prompt": " 5 6"}
+    wrong = await router.request("POST", "/detokenize", json={"tokens": "x"}, headers=headers)
+    assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "tokens")
+    assert (await router.request("GET", "/tokenizer_info")).status_code == 200
 
 
 async def test_the_time_that_a_body_takes_counts_against_the_deadline() -> None:
@@ -599,16 +631,90 @@ async def test_the_admin_port_lists_workers_and_serves_no_completions() -> None:
         assert (await router.request("GET", path, admin=True)).status_code == 200
 
 
-async def test_the_admin_port_resets_the_prefix_cache_and_the_public_port_does_not() -> None:
+@pytest.mark.parametrize("admin", [False, True])
+async def test_both_ports_reset_the_prefix_cache_where_there_are_no_keys(admin: bool) -> None:
     router = Router()
-    assert (await router.request("POST", "/reset_prefix_cache")).status_code == 404
-    assert (await router.request("GET", "/reset_prefix_cache", admin=True)).status_code == 405
+    assert (await router.request("GET", "/reset_prefix_cache", admin=admin)).status_code == 405
     assert router.core.delivered == []
-    assert (await router.request("POST", "/reset_prefix_cache", admin=True)).status_code == 200
+    answer = await router.request("POST", "/reset_prefix_cache", admin=admin)
+    assert (answer.status_code, answer.content) == (200, b"")
     assert router.core.delivered == [ResetCache()]
 
 
+async def test_metrics_are_the_operators_alone() -> None:
+    router = Router()
+    assert (await router.request("GET", "/metrics")).status_code == 404
+    assert "triptych_requests_total" in (await router.request("GET", "/metrics", admin=True)).text
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+async def test_ping_is_for_those_who_expect_sagemakers(method: str) -> None:
+    answer = await Router().request(method, "/ping")
+    assert (answer.status_code, answer.content) == (200, b"")
+
+
+async def test_the_load_is_the_number_of_requests_in_flight() -> None:
+    router = Router()
+    call = Call(router.app, body())
+    await turns()
+    assert (await router.request("GET", "/load")).json() == {"server_load": 1}
+    call.disconnect()
+    await call.task
+    await turns()
+    assert (await router.request("GET", "/load")).json() == {"server_load": 0}
+
+
+async def test_the_description_of_the_port_names_every_path_that_is_served() -> None:
+    router = Router(http_config=http.Config(version="1.2.3"))
+    document = (await router.request("GET", "/openapi.json")).json()
+    assert document["info"]["version"] == "1.2.3"
+    for path, methods in document["paths"].items():
+        for method in methods:
+            answer = await router.request(method.upper(), path.replace("{name}", "tiny"), content=b"")
+            assert answer.status_code not in (404, 405), (method, path)
+
+
+# -- POST /abort_requests ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("id", ["cmpl-id1", "chatcmpl-id1", "id1"])
+@pytest.mark.parametrize("admin", [False, True])
+async def test_requests_end_by_the_ids_that_their_clients_were_given(id: str, admin: bool) -> None:
+    router = Router()
+    call, other = Call(router.app, body()), Call(router.app, body())
+    await turns()
+    answer = await router.request("POST", "/abort_requests", admin=admin, json={"request_ids": ["cmpl-id9", id, id]})
+    assert (answer.status_code, answer.content) == (200, b"")
+    await call.task
+    await turns()
+    assert router.core.cancels == [Cancel(1)] and call.sent[0]["status"] == 499
+    other.disconnect()
+    await other.task
+
+
+@pytest.mark.parametrize("admin", [False, True])
+@pytest.mark.parametrize("sent", [b"", b"[]", b"{}", b'{"request_ids":"id1"}', b'{"request_ids":[1]}', b"{" * 9_000])
+async def test_ids_to_abort_are_a_list_of_strings(sent: bytes, admin: bool) -> None:
+    router = Router()
+    answer = await router.request("POST", "/abort_requests", admin=admin, content=sent)
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["param"] == "request_ids"
+    assert error["message"] == "request_ids: must be a list of strings"
+
+
+@pytest.mark.parametrize("admin", [False, True])
+async def test_no_more_ids_are_taken_than_there_can_be_requests(admin: bool) -> None:
+    sent = b'{"request_ids":["' + b"x" * limits.ABORT_BYTES_MAX + b'"]}'
+    answer = await Router().request("POST", "/abort_requests", admin=admin, content=sent)
+    assert answer.status_code == (413 if admin else 400) and str(limits.ABORT_BYTES_MAX) in answer.text
+
+
 # -- logs --------------------------------------------------------------------------------------------------------------
+def logged(caplog: pytest.LogCaptureFixture, message: str) -> list[dict[str, Any]]:
+    """What the lines of that message say beside it."""
+    lines = [record for record in caplog.records if record.name == "triptych.router" and record.msg == message]
+    standard = vars(logging.LogRecord("", 0, "", 0, "", (), None)).keys() | {"message", "asctime"}
+    return [{name: value for name, value in vars(line).items() if name not in standard} for line in lines]
+
+
 async def test_each_request_is_one_line_and_no_prompt_is_in_it(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     router = Router()
@@ -616,12 +722,32 @@ async def test_each_request_is_one_line_and_no_prompt_is_in_it(caplog: pytest.Lo
     router.now_us = 1_000
     await router.complete(prompt="my secret", user="alice")
     await router.complete(prompt="my secret", temperature="hot")
-    lines = [record.getMessage() for record in caplog.records if record.name == "triptych.router"]
-    served, refused = (line for line in lines if line.startswith("request "))
-    assert served.startswith("request id=id1 label= status=stop prompt_tokens=9 output_tokens=2 ")
-    assert "prefill=p1 decode=d1 codec=raw level=0 kv_bytes_raw=4000 kv_bytes_wire=1000" in served
-    assert refused == "request refused status=invalid_argument field=temperature label="
-    assert "secret" not in caplog.text and "alice" not in caplog.text and "hot" not in caplog.text
+    assert logged(caplog, "request") == [
+        {
+            "request_id": "id1",
+            "label": "",
+            "tenant": "",
+            "status": "stop",
+            "prompt_tokens": 9,
+            "output_tokens": 2,
+            "cached_tokens": 2,
+            "first_ms": 0.0,
+            "second_ms": 0.0,
+            "total_ms": 0.0,
+            "slo_met": None,
+            "attempts": 1,
+            "prefill": "p1",
+            "decode": "d1",
+            "codec": "raw",
+            "codec_level": 0,
+            "kv_bytes_raw": 4_000,
+            "kv_bytes_wire": 1_000,
+        }
+    ]
+    (refused,) = logged(caplog, "request refused")
+    assert refused == {"status": "invalid_argument", "field": "temperature", "label": "", "tenant": ""}
+    said = caplog.text + str([vars(record) for record in caplog.records])
+    assert "secret" not in said and "alice" not in said and "hot" not in said
 
 
 async def test_forged_log_lines_stay_inside_their_field(caplog: pytest.LogCaptureFixture) -> None:
@@ -630,8 +756,8 @@ async def test_forged_log_lines_stay_inside_their_field(caplog: pytest.LogCaptur
     router.core.script = answers([5])
     call = Call(router.app, body(), [(b"x-request-id", b"a status=stop\r\nrequest id=forged")])
     await call.task
-    lines = [record.getMessage() for record in caplog.records if record.name == "triptych.router"]
-    assert len(lines) == 1 and "\n" not in lines[0] and lines[0].count(" status=") == 1
+    (line,) = logged(caplog, "request")
+    assert line["label"] == "a_status_stop__request_id_forged" and line["status"] == "stop"
 
 
 async def test_times_run_from_submit() -> None:

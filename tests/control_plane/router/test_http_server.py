@@ -121,6 +121,21 @@ async def test_who_does_not_take_the_end_of_an_answer_is_cut_off() -> None:
         await served.until(lambda: not served.server.connections)
 
 
+async def test_who_reads_nothing_of_a_large_answer_is_cut_off() -> None:
+    async def large(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for _ in range(16):  # each waits until the one before is taken, or the connection gone
+            await send({"type": "http.response.body", "body": bytes(1 << 20), "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    async with serving(large, stall_ms=20) as served:
+        client = await served.connect()
+        client.writer.transport.pause_reading()  # type: ignore[attr-defined]  # asyncio's stream reads ahead by itself
+        await client.send(GET)
+        await served.until(lambda: served.server.connections)
+        await served.until(lambda: not served.server.connections)
+
+
 async def test_a_failing_application_costs_its_own_connection_only(caplog: pytest.LogCaptureFixture) -> None:
     async def broken(scope: Any, receive: Any, send: Any) -> None:
         raise RuntimeError("bug")

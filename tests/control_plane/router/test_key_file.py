@@ -34,6 +34,7 @@ def test_no_keys_at_all_means_none_is_asked_for() -> None:
         ("a sk-secret root", "line 1: must be TENANT KEY"),
         ("a sk-1\nb/c sk-secret", "line 2: a tenant's name"),
         ("a sk-secret\nb sk-secret", "line 2: this key has been given before"),
+        ("a sk-s\u00e9cret", "line 1: a key is made of printable ASCII"),
         ("# nothing\n", "holds no key"),
     ],
 )

@@ -25,9 +25,9 @@ async def test_a_scrape_tells_what_happened() -> None:
         ("triptych_attempts", ()): 5.0,
     }
     router.core.script = answers([5], [6])
-    await router.complete()
+    await router.complete(triptych={"slo": {"ttft_ms": 1_000}})
     await router.complete(temperature=-1)
-    scrape = await router.request("GET", "/metrics")
+    scrape = await router.request("GET", "/metrics", admin=True)
     families = [family.name for family in text_string_to_metric_families(scrape.text)]
     assert len(families) == len(set(families))  # Prometheus refuses a scrape that names one twice
     samples = {
@@ -37,6 +37,8 @@ async def test_a_scrape_tells_what_happened() -> None:
     }
     assert samples["triptych_requests_total", (("outcome", "stop"),)] == 1
     assert samples["triptych_requests_total", (("outcome", "invalid_argument"),)] == 1
+    assert samples["triptych_slo_total", (("target", "ttft"), ("verdict", "met"))] == 1
+    assert samples["triptych_slo_total", (("target", "ttft"), ("verdict", "missed"))] == 0
     assert samples["triptych_prompt_tokens_total", ()] == 3
     assert samples["triptych_generation_tokens_total", ()] == 2
     assert samples["triptych_kv_transfer_bytes_total", (("codec", "raw"), ("stage", "raw"))] == 4_000
@@ -52,7 +54,7 @@ async def test_a_scrape_tells_what_happened() -> None:
 
 
 async def test_openmetrics_is_served_to_scrapers_that_ask() -> None:
-    answer = await Router().request("GET", "/metrics", headers={"accept": "application/openmetrics-text"})
+    answer = await Router().request("GET", "/metrics", admin=True, headers={"accept": "application/openmetrics-text"})
     assert answer.headers["content-type"].startswith("application/openmetrics-text")
     assert answer.text.endswith("# EOF\n")
 

@@ -7,7 +7,7 @@ from control_plane.router.live_request import LiveRequest, Placement
 from control_plane.router.placement import Candidate, Choice, Placer, choose_decode, choose_prefill
 from control_plane.router.requests import Submit
 from control_plane.router.submissions import Submission
-from control_plane.router.workers import Worker, WorkerPool
+from control_plane.router.workers import Backlog, Worker, WorkerPool
 from control_plane.wire import session_pb2 as pb
 from control_plane.wire.session import Session
 from control_plane.wire.translate import offers_to_wire
@@ -21,7 +21,8 @@ PROMPT = tuple(range(16))
 
 
 def worker(name: str, *, ahead: int = 0, bound: int = 0, columns: int = 100) -> Worker:
-    return Worker(pb.WorkerInfo(worker=name, total_columns=columns), prefill_tokens=ahead, bound=bound)
+    backlog = Backlog({1: ahead}, ahead)
+    return Worker(pb.WorkerInfo(worker=name, total_columns=columns), backlog=backlog, bound=bound)
 
 
 def reason(choice: Choice | None) -> tuple[str, str] | None:

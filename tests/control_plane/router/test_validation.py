@@ -13,6 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from control_plane.router import validation
+from control_plane.router.caller import Caller
+from control_plane.router.tenants import Tenant
 from control_plane.router.validation import NOT_SERVED, ValidatedRequest, Validator
 from control_plane.router.vocabulary import ModelCard, OracleVocabulary
 from engine.base import limits
@@ -38,8 +40,12 @@ BAD_FIELDS: list[tuple[dict[str, Any], int, str]] = [
     ({"prompt": 7}, 400, "prompt"),
     ({"prompt": True}, 400, "prompt"),
     ({"prompt": {"text": "a"}}, 400, "prompt"),
-    ({"prompt": ["a", "b"]}, 400, "prompt"),
-    ({"prompt": [[1], [2]]}, 400, "prompt"),
+    ({"prompt": ["a", ""]}, 400, "prompt"),
+    ({"prompt": [[1], []]}, 400, "prompt"),
+    ({"prompt": ["a", [1]]}, 400, "prompt"),
+    ({"prompt": ["a"] * 129}, 400, "prompt"),
+    ({"prompt": [[1]] * 129}, 400, "prompt"),
+    ({"prompt": ["a"] * 128, "n": 3}, 400, "n"),
     ({"prompt": ["a", 1]}, 400, "prompt"),
     ({"prompt": [1, "a"]}, 400, "prompt"),
     ({"prompt": [1, [2]]}, 400, "prompt"),
@@ -123,6 +129,18 @@ BAD_FIELDS: list[tuple[dict[str, Any], int, str]] = [
     ({"triptych": {"kl_budget": 1.001}}, 400, "triptych.kl_budget"),
     ({"triptych": {"kl_budget": "0.01"}}, 400, "triptych.kl_budget"),
     ({"triptych": {"kl_budget": True}}, 400, "triptych.kl_budget"),
+    ({"triptych": {"slo": 5}}, 400, "triptych.slo"),
+    ({"triptych": {"slo": {"ttft": 5}}}, 400, "triptych.slo.ttft"),
+    ({"triptych": {"slo": {"ttft_ms": 0}}}, 400, "triptych.slo.ttft_ms"),
+    ({"triptych": {"slo": {"tpot_ms": 1.5}}}, 400, "triptych.slo.tpot_ms"),
+    ({"triptych": {"slo": {"tpot_ms": 600_001}}}, 400, "triptych.slo.tpot_ms"),
+    ({"vllm_xargs": []}, 400, "vllm_xargs"),
+    ({"vllm_xargs": {"codec": "zip"}}, 400, "vllm_xargs.codec"),
+    ({"vllm_xargs": {"codec": ["raw"]}}, 400, "vllm_xargs.codec"),
+    ({"vllm_xargs": {"kl_budget": 2}}, 400, "vllm_xargs.kl_budget"),
+    ({"vllm_xargs": {"deadline_ms": "9"}}, 400, "vllm_xargs.deadline_ms"),
+    *bad("request_id", 7, [], "x" * 129),
+    *bad("session_id", 7, {}, "x" * 129),
     ({"triptych": {"deadline_ms": 0}}, 400, "triptych.deadline_ms"),
     ({"triptych": {"deadline_ms": 600_001}}, 400, "triptych.deadline_ms"),
     ({"triptych": {"deadline_ms": 1.5}}, 400, "triptych.deadline_ms"),
@@ -186,7 +204,6 @@ BAD_FIELDS: list[tuple[dict[str, Any], int, str]] = [
     *bad("logits_processors", ["x"]),
     *bad("prompt_embeds", "AAAA"),
     *bad("kv_transfer_params", {"do_remote_decode": True}),
-    *bad("vllm_xargs", {"x": 1}),
 ]
 
 BAD_BODIES: list[bytes] = [
@@ -316,7 +333,7 @@ async def test_a_salt_parts_tenants_and_a_user_does_not() -> None:
 
 async def test_echo_asks_for_scores_of_the_prompt_and_the_larger_wish_wins() -> None:
     validator = make_validator()
-    wishes = [
+    wishes: list[tuple[dict[str, Any], int]] = [
         ({"logprobs": 3}, 3),
         ({"logprobs": 3, "prompt_logprobs": 5}, 5),
         ({"logprobs": 3, "prompt_logprobs": 1}, 3),
@@ -331,12 +348,13 @@ async def test_echo_asks_for_scores_of_the_prompt_and_the_larger_wish_wins() -> 
 
 async def test_echo_repeats_the_clients_text_or_what_its_ids_say() -> None:
     validator = make_validator()
-    for fields, text in [
+    echoes: list[tuple[dict[str, Any], str]] = [
         ({"prompt": "a b"}, "a b"),
         ({"prompt": [5, 6]}, " 5 6"),
         ({"prompt": " 5 6 7", "truncate_prompt_tokens": 2}, " 6 7"),
         ({"prompt": " 5 6", "truncate_prompt_tokens": 2}, " 5 6"),
-    ]:
+    ]
+    for fields, text in echoes:
         assert (await validator.validate({"echo": True, **fields})).echo_text == text
         assert (await validator.validate(fields)).echo_text is None
 
@@ -443,14 +461,16 @@ async def test_constraints_are_checked_off_the_loop_not_too_many_and_not_for_eve
 
 @pytest.mark.parametrize("prompt", ["\x05", ["\x05"], [5], [[5]], " 5", [" 5"]])
 async def test_one_prompt_has_several_spellings(prompt: Any) -> None:
-    assert (await Router().validator.completion(json.dumps({"prompt": prompt}).encode())).token_ids == (5,)
+    (request,) = await Router().validator.completion(json.dumps({"prompt": prompt}).encode())
+    assert request.token_ids == (5,)
+    assert await Router().validator.validate({"prompt": prompt}) == request
 
 
 @pytest.mark.parametrize("text", ["\x00", "\ufeffa", "\u202eabc", "e\u0301" * 9, "😀", "a\r\nb"])
 async def test_odd_but_valid_text_is_a_prompt(text: str) -> None:
     router = Router()
-    body = json.dumps({"prompt": text}).encode()
-    assert (await router.validator.completion(body)).token_ids == tuple(text.encode())
+    (request,) = await router.validator.completion(json.dumps({"prompt": text}).encode())
+    assert request.token_ids == tuple(text.encode())
 
 
 async def test_the_longest_prompt_leaves_room_for_one_token() -> None:
@@ -533,7 +553,7 @@ class SlowVocabulary(OracleVocabulary):
 async def test_text_that_cannot_fit_is_refused_unencoded() -> None:
     vocabulary = SlowVocabulary()
     validator = make_validator(vocabulary=vocabulary)
-    longest = 63 * vocabulary.characters_per_token_max
+    longest = 63 * (vocabulary.characters_per_token_max or 0)
     with pytest.raises(InvalidArgument, match=f"at most 63 tokens, got {longest + 1} characters of text"):
         await validator.validate({"prompt": "x" * (longest + 1)})
     assert vocabulary.encoded == []
@@ -544,9 +564,9 @@ async def test_a_deadline_runs_from_arrival() -> None:
     validator = make_validator(clock_us=lambda: now_us)
     fields = {"prompt": [1], "triptych": {"deadline_ms": 100}}
     assert (await validator.validate(fields)).deadline_ms == 100
-    assert (await validator.validate(fields, arrived_us=now_us - 40_000)).deadline_ms == 60
+    assert (await validator.validate(fields, Caller(arrived_us=now_us - 40_000))).deadline_ms == 60
     with pytest.raises(DeadlineExceeded):
-        await validator.validate(fields, arrived_us=now_us - 100_000)
+        await validator.validate(fields, Caller(arrived_us=now_us - 100_000))
 
 
 async def test_a_prompt_waits_for_its_encoding_no_longer_than_its_deadline() -> None:
@@ -581,7 +601,8 @@ async def test_an_unknown_model_is_not_found_and_none_is_the_only_one() -> None:
 
 
 async def test_a_codec_is_carried_only_if_it_is_one_of_ours() -> None:
-    request = await make_validator().validate({"prompt": [1], "triptych": {"codec": "raw", "deadline_ms": 9}})
+    validator = make_validator(clock_us=lambda: 0)
+    request = await validator.validate({"prompt": [1], "triptych": {"codec": "raw", "deadline_ms": 9}})
     assert (request.codec, request.deadline_ms) == ("raw", 9)
 
 
@@ -595,6 +616,94 @@ async def test_a_budget_is_a_number_of_nats_or_nothing_said() -> None:
     assert caught.value.message == "triptych.kl_budget: must be a number in [0, 1]"
 
 
+# -- several prompts ---------------------------------------------------------------------------------------------------
+async def completion(validator: Validator, **fields: Any) -> list[ValidatedRequest]:
+    return await validator.completion(json.dumps(fields).encode())
+
+
+@pytest.mark.parametrize("prompts", [["a", "bc", "a"], [[97], [98, 99], [97]]])
+async def test_each_prompt_of_a_list_is_a_request_in_its_place(prompts: Any) -> None:
+    draws = iter(range(11, 99))
+    validator = make_validator(draw_seed=lambda: next(draws), clock_us=lambda: 0)
+    requests = await completion(validator, prompt=prompts, max_tokens=5, n=2, stop="x")
+    assert [request.token_ids for request in requests] == [(97,), (98, 99), (97,)]
+    assert [request.sampling.seed for request in requests] == [11, 12, 13]
+    alike = {replace(request, token_ids=(), sampling=replace(request.sampling, seed=0)) for request in requests}
+    assert len(alike) == 1
+    seeded = await completion(validator, prompt=prompts, seed=5)
+    assert [request.sampling.seed for request in seeded] == [5, 5, 5]
+
+
+async def test_each_prompt_has_its_own_room_and_echo() -> None:
+    validator = make_validator()
+    short, long = await completion(validator, prompt=[" 5", " 6" * 60], echo=True)
+    assert (short.sampling.max_tokens, long.sampling.max_tokens) == (16, 4)
+    assert (short.echo_text, long.echo_text) == (" 5", " 6" * 60)
+    kept = await completion(validator, prompt=[" 5 6 7", " 8"], echo=True, truncate_prompt_tokens=2)
+    assert [request.echo_text for request in kept] == [" 6 7", " 8"]
+    of_ids = await completion(validator, prompt=[[5, 6], [7]], echo=True)
+    assert [request.echo_text for request in of_ids] == [" 5 6", " 7"]
+
+
+async def test_prompts_together_have_limits() -> None:
+    card = replace(CARD, max_model_len=200_000)
+    validator = make_validator(card=card, clock_us=lambda: 0)
+    half = [1] * (limits.PROMPT_TOKENS_MAX // 2)
+    assert len(await completion(validator, prompt=[half, half])) == 2
+    with pytest.raises(InvalidArgument, match="prompt: at most 131072 tokens"):
+        await completion(validator, prompt=[half, half, [1]])
+    with pytest.raises(InvalidArgument, match="prompt: at most 131072 tokens in all prompts together"):
+        await completion(validator, prompt=["x" * len(half), "x" * len(half), "x"])
+    assert len(await completion(validator, prompt=[[1]] * 128, n=2)) == 128
+    scoring: dict[str, Any] = {"prompt": [half, half[1:]], "max_tokens": 1, "echo": True}
+    with pytest.raises(InvalidArgument, match="logprobs: at most 131072 log-probabilities in one answer"):
+        await completion(validator, **scoring, logprobs=1)
+    assert await completion(validator, **{**scoring, "prompt": [half[2:]]}, logprobs=1)
+    validator.close()
+
+
+async def test_many_short_prompts_are_one_long_one() -> None:
+    config = validation.Config(inline_characters_max=5, encodes_waiting_max=0)
+    validator = make_validator(config)
+    assert len(await completion(validator, prompt=["a"] * 5)) == 5
+    with pytest.raises(ResourceExhausted):
+        await completion(validator, prompt=["a"] * 6)
+
+
+async def test_only_one_prompt_comes_as_fields() -> None:
+    with pytest.raises(InvalidArgument, match="prompt: only one prompt at a time here"):
+        await make_validator().validate({"prompt": ["a", "b"]})
+
+
+# -- who asks ----------------------------------------------------------------------------------------------------------
+async def test_a_caller_is_carried_and_the_body_cannot_change_its_tenant() -> None:
+    caller = Caller(tenant=Tenant("acme"), label="mine", ttft_slo_ms=100, tpot_slo_ms=20)
+    validator = make_validator()
+    request = await validator.validate({"prompt": [1], "tenant": "other", "user": "other"}, caller)
+    assert (request.tenant, request.label, request.ttft_slo_ms, request.tpot_slo_ms) == ("acme", "mine", 100, 20)
+    slo = {"triptych": {"slo": {"ttft_ms": 7}}}
+    request = await validator.validate({"prompt": [1], "request_id": "theirs", **slo}, caller)
+    assert (request.label, request.ttft_slo_ms, request.tpot_slo_ms) == ("mine", 7, 20)
+    assert (await validator.validate({"prompt": [1], "request_id": "a b\n"})).label == "a_b_"
+
+
+@pytest.mark.parametrize("value", [0, -1, 600_001])
+async def test_targets_of_headers_have_the_same_limits(value: int) -> None:
+    with pytest.raises(InvalidArgument) as raised:
+        await make_validator().validate({"prompt": [1]}, Caller(ttft_slo_ms=value))
+    assert raised.value.field == "x-slo-ttft-ms"
+
+
+async def test_knobs_may_come_as_vllms_and_ours_come_first() -> None:
+    counted: list[int] = []
+    validator = make_validator(count_unknown=counted.append, clock_us=lambda: 0)
+    xargs = {"codec": "raw", "kl_budget": 0.5, "deadline_ms": 9, "their_own": [1]}
+    request = await validator.validate({"prompt": [1], "vllm_xargs": xargs})
+    assert (request.codec, request.kl_budget, request.deadline_ms, counted) == ("raw", 0.5, 9, [1])
+    request = await validator.validate({"prompt": [1], "vllm_xargs": xargs, "triptych": {"kl_budget": 0.25}})
+    assert (request.codec, request.kl_budget) == ("raw", 0.25)
+
+
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
@@ -602,7 +711,7 @@ anything = st.recursive(
 )
 
 
-@given(st.dictionaries(st.sampled_from(sorted(validation.KNOWN)), anything, max_size=5))
+@given(st.dictionaries(st.sampled_from(sorted(validation.COMPLETIONS.shape.known)), anything, max_size=5))
 async def test_any_values_validate_within_the_limits_or_are_refused(fields: dict[str, Any]) -> None:
     validator = make_validator()
     try:
@@ -621,14 +730,15 @@ def make_validator(
     draw_seed: Any = lambda: 1,
     vocabulary: OracleVocabulary | None = None,
     check_constraint: validation.CheckConstraint = lambda constraint: None,
-    **clock: Any,
+    count_unknown: Any = lambda count: None,
+    **others: Any,
 ) -> Validator:
     return Validator(
         config or validation.Config(),
         card=card,
         vocabulary=vocabulary or OracleVocabulary(card.vocab_size),
         draw_seed=draw_seed,
-        count_unknown=lambda count: None,
+        count_unknown=count_unknown,
         check_constraint=check_constraint,
-        **clock,
+        **others,
     )
