@@ -15,7 +15,7 @@ from typing import Final
 from bench import plot
 from bench.figures import FOLDER, Bar, Figure
 from bench.retrieval import Context, Found, contexts_of, found
-from control_plane.router.vocabulary import TokenizerVocabulary
+from control_plane.router.text.vocabulary import TokenizerVocabulary
 from engine.base import limits
 from engine.capture import Subject
 from engine.models.checkpoint import ensure_default_model

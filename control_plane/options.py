@@ -122,7 +122,7 @@ class EdgeOptions:
     chat_template: Path | None = None  # None: the checkpoint's own
     permit_special_tokens: bool = False  # the names of special tokens inside a prompt's text mean those tokens
     api_keys: tuple[str, ...] = field(default=(), repr=False)  # of one tenant, "default", who is an admin
-    api_key_file: Path | None = None  # keys of several tenants (control_plane.router.key_file)
+    api_key_file: Path | None = None  # keys of several tenants (control_plane.router.access.key_file)
     ssl_certfile: Path | None = None  # TLS on every listener; with it comes
     ssl_keyfile: Path | None = None  # its private key, unless it is in the same file
     ssl_ca_certs: Path | None = None  # clients must show a certificate that one of these has signed

@@ -28,7 +28,7 @@ from control_plane.lifecycle import LIFELINE_VARIABLE, STATUS_BUG, STATUS_MISTAK
 from control_plane.logs import configure_logging
 from control_plane.model_choice import choose_model
 from control_plane.options import EdgeOptions, OptionError
-from control_plane.router.key_file import read_keys
+from control_plane.router.access.key_file import read_keys
 from deploy.children import edge_arguments, edge_environment, engine_arguments, inherited
 from deploy.cores import CoreShare, share_cores
 from deploy.options import ServeOptions, WorkerSpec
@@ -269,7 +269,7 @@ def _require_edge(edge: EdgeOptions) -> None:
     """What the router would refuse, a second later and in the middle of the others' lines."""
     read_keys(edge)
     if edge.ssl_certfile is not None:
-        from control_plane.router.tls import Tls  # and with it grpc, which a launcher does without
+        from control_plane.router.access.tls import Tls  # and with it grpc, which a launcher does without
 
         Tls.of(edge)
 

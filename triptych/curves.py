@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from control_plane.router.vocabulary import TokenizerVocabulary
+from control_plane.router.text.vocabulary import TokenizerVocabulary
 from engine.base.errors import InvalidArgument
 from engine.capture import WINDOW_TOKENS, Subject, Window, windows_of
 from engine.models.info import ModelInfo

@@ -23,17 +23,20 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Final
 
-from control_plane.router import worker_messages
-from control_plane.router.absences import Absences
-from control_plane.router.admission import Admission, Refusal
-from control_plane.router.admission import Config as AdmissionConfig
-from control_plane.router.alarms import Alarms
-from control_plane.router.decode_memory import DecodeMemory
-from control_plane.router.drain_rate import DrainRate
-from control_plane.router.encodings import Wish
-from control_plane.router.live_request import LiveRequest, Placement, Stage
-from control_plane.router.placement import Choice, Placer
-from control_plane.router.request_queue import RequestQueue
+from control_plane.router.dispatch import worker_messages
+from control_plane.router.dispatch.absences import Absences
+from control_plane.router.dispatch.admission import Admission, Refusal
+from control_plane.router.dispatch.admission import Config as AdmissionConfig
+from control_plane.router.dispatch.alarms import Alarms
+from control_plane.router.dispatch.decode_memory import DecodeMemory
+from control_plane.router.dispatch.drain_rate import DrainRate
+from control_plane.router.dispatch.encodings import Wish
+from control_plane.router.dispatch.live_request import LiveRequest, Placement, Stage
+from control_plane.router.dispatch.placement import Choice, Placer
+from control_plane.router.dispatch.request_queue import RequestQueue
+from control_plane.router.dispatch.shares import Shares
+from control_plane.router.dispatch.submissions import Submission
+from control_plane.router.dispatch.workers import LINK_PREFIX, Worker, WorkerPool
 from control_plane.router.requests import (
     Cancel,
     Ended,
@@ -44,9 +47,6 @@ from control_plane.router.requests import (
     TokensReady,
     WorkerView,
 )
-from control_plane.router.shares import Shares
-from control_plane.router.submissions import Submission
-from control_plane.router.workers import LINK_PREFIX, Worker, WorkerPool
 from control_plane.wire import session_pb2 as pb
 from control_plane.wire.session import Session, hello
 from control_plane.wire.translate import (

@@ -18,9 +18,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
-from control_plane.router.choice import Choice
-from control_plane.router.fields import refuse, word
-from control_plane.router.request_stream import RequestStream
+from control_plane.router.access.tenants import EVERYBODY, Tenant
+from control_plane.router.answers.choice import Choice
+from control_plane.router.answers.request_stream import RequestStream
+from control_plane.router.answers.slo import UNJUDGED, SloVerdict, Times
 from control_plane.router.requests import (
     Cancel,
     Ended,
@@ -32,11 +33,10 @@ from control_plane.router.requests import (
     TokensReady,
     WorkerView,
 )
-from control_plane.router.slo import UNJUDGED, SloVerdict, Times
-from control_plane.router.stop_strings import StopMatcher, StopStrings
-from control_plane.router.tenants import EVERYBODY, Tenant
-from control_plane.router.validation import ValidatedRequest
-from control_plane.router.vocabulary import ModelCard, Vocabulary
+from control_plane.router.text.stop_strings import StopMatcher, StopStrings
+from control_plane.router.text.vocabulary import ModelCard, Vocabulary
+from control_plane.router.validation.fields import refuse, word
+from control_plane.router.validation.validator import ValidatedRequest
 from engine.base import limits
 from engine.base.errors import InvalidArgument, ResourceExhausted, Status, TriptychError
 

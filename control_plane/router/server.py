@@ -24,21 +24,22 @@ from control_plane.lifecycle import Shutdown
 from control_plane.logs import configure_logging
 from control_plane.model_choice import ModelChoice, choose_model
 from control_plane.options import EdgeOptions, OptionError, RouterOptions
-from control_plane.router import core, http
-from control_plane.router.chat_template import ChatTemplate
+from control_plane.router import core
+from control_plane.router.access.key_file import read_keys
+from control_plane.router.access.tenants import Keys
+from control_plane.router.access.tls import Tls
 from control_plane.router.edge import Config as EdgeConfig
 from control_plane.router.edge import Edge, Labels
-from control_plane.router.grpc_services import add_services
-from control_plane.router.http_server import HttpServer, raise_open_files_limit
-from control_plane.router.key_file import read_keys
+from control_plane.router.grpc.server_facts import ServerFacts
+from control_plane.router.grpc.services import add_services
+from control_plane.router.http import app as http
+from control_plane.router.http.server import HttpServer, raise_open_files_limit
 from control_plane.router.metrics import RouterMetrics
 from control_plane.router.requests import WorkerView
-from control_plane.router.server_facts import ServerFacts
-from control_plane.router.tenants import Keys
-from control_plane.router.tls import Tls
-from control_plane.router.validation import Config as ValidationConfig
-from control_plane.router.validation import Validator
-from control_plane.router.vocabulary import ModelCard, OracleVocabulary, TokenizerVocabulary, Vocabulary
+from control_plane.router.text.chat_template import ChatTemplate
+from control_plane.router.text.vocabulary import ModelCard, OracleVocabulary, TokenizerVocabulary, Vocabulary
+from control_plane.router.validation.validator import Config as ValidationConfig
+from control_plane.router.validation.validator import Validator
 from engine.base import limits
 from engine.base.asyncio_host import AsyncioHost
 from engine.base.errors import InvalidArgument, Unavailable

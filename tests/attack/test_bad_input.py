@@ -21,10 +21,10 @@ from typing import Any
 
 import pytest
 
-from control_plane.router.chat_template import ChatTemplate
-from control_plane.router.http import OPEN
-from control_plane.router.tenants import Keys, Tenant
-from control_plane.router.vocabulary import ModelCard
+from control_plane.router.access.tenants import Keys, Tenant
+from control_plane.router.http.app import OPEN
+from control_plane.router.text.chat_template import ChatTemplate
+from control_plane.router.text.vocabulary import ModelCard
 from engine.base import limits
 from engine.grammar import check_constraint
 from engine.types import Constraint

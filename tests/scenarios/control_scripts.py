@@ -29,8 +29,8 @@ from typing import Any
 from control_plane.controller.core import Config as ControllerConfig
 from control_plane.controller.core import ControllerCore
 from control_plane.router.core import CONTROLLER, Config, RouterCore, StopAdmitting
+from control_plane.router.dispatch.workers import LINK_PREFIX
 from control_plane.router.requests import Cancel, Ended, PromptScored, ResetCache, Stop, Submit, TokensReady
-from control_plane.router.workers import LINK_PREFIX
 from control_plane.wire import session_pb2 as pb
 from control_plane.wire.session import Session, parse_hello_untrusted
 from control_plane.wire.translate import offers_to_wire

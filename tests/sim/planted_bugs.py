@@ -14,9 +14,9 @@ from unittest.mock import patch
 
 from control_plane.agent.attempts import Attempt
 from control_plane.agent.core import WorkerCore
-from control_plane.router import worker_messages
 from control_plane.router.core import RouterCore
-from control_plane.router.live_request import LiveRequest, Placement, Stage
+from control_plane.router.dispatch import worker_messages
+from control_plane.router.dispatch.live_request import LiveRequest, Placement, Stage
 from control_plane.wire import session_pb2 as pb
 from engine.base.machine import Command, LinkName
 from engine.commands import Prefilled, Release

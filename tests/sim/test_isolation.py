@@ -12,8 +12,8 @@ from unittest.mock import patch
 
 import pytest
 
-from control_plane.router.live_request import LiveRequest
-from control_plane.router.request_queue import RequestQueue
+from control_plane.router.dispatch.live_request import LiveRequest
+from control_plane.router.dispatch.request_queue import RequestQueue
 from tests.sim.traffic import Outcome, Stream, Traffic, arrivals_of, paced_shape, quantile_of
 
 SPAN_US = 20_000_000

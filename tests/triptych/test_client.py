@@ -12,7 +12,7 @@ import grpc
 import pytest
 import trustme
 
-from control_plane.router.server_facts import ServerFacts
+from control_plane.router.grpc.server_facts import ServerFacts
 from control_plane.wire import inference_pb2 as pb
 from engine.base import errors
 from engine.types import FinishReason

@@ -11,7 +11,7 @@ from typing import Any, Final
 import httpx
 import msgspec
 
-from control_plane.router.http_server import raise_open_files_limit
+from control_plane.router.http.server import raise_open_files_limit
 from triptych.load.arrivals import arrival_times_s
 from triptych.load.client import Client, Connections, MakeTransport, headers, http_transports
 from triptych.load.clock import Clock, WallClock, cpu_s

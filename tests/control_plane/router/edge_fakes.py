@@ -11,10 +11,9 @@ import httpx
 import msgspec
 
 from control_plane.router import edge as edge_module
-from control_plane.router import validation
-from control_plane.router.chat_template import ChatTemplate
+from control_plane.router.access.tenants import Keys
 from control_plane.router.edge import Edge
-from control_plane.router.http import CHAT, COMPLETIONS, Config, admin_app, public_app
+from control_plane.router.http.app import CHAT, COMPLETIONS, Config, admin_app, public_app
 from control_plane.router.metrics import RouterMetrics
 from control_plane.router.requests import (
     Cancel,
@@ -27,9 +26,10 @@ from control_plane.router.requests import (
     TokensReady,
     WorkerView,
 )
-from control_plane.router.tenants import Keys
-from control_plane.router.validation import Validator
-from control_plane.router.vocabulary import ModelCard, OracleVocabulary, Vocabulary
+from control_plane.router.text.chat_template import ChatTemplate
+from control_plane.router.text.vocabulary import ModelCard, OracleVocabulary, Vocabulary
+from control_plane.router.validation import validator as validation
+from control_plane.router.validation.validator import Validator
 from engine.base.errors import Cancelled, InvalidArgument, TriptychError
 from engine.types import Constraint, FinishReason, TokenLogprobs
 

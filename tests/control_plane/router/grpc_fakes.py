@@ -7,9 +7,9 @@ from typing import Any
 
 import grpc
 
-from control_plane.router.grpc_services import add_services
-from control_plane.router.server_facts import ServerFacts
-from control_plane.router.tenants import Keys, Tenant
+from control_plane.router.access.tenants import Keys, Tenant
+from control_plane.router.grpc.server_facts import ServerFacts
+from control_plane.router.grpc.services import add_services
 from tests.control_plane.router.edge_fakes import Router, turns
 
 KEYS = Keys({"sk-acme": Tenant("acme"), "sk-other": Tenant("other"), "sk-ops": Tenant("ops", admin=True)})

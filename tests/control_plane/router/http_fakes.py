@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
-from control_plane.router.http_server import Config, HttpServer
+from control_plane.router.http.server import Config, HttpServer
 
 
 class Client:

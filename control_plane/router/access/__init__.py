@@ -1,0 +1,1 @@
+"""Who may ask: keys and tenants, what a caller says of itself, TLS."""

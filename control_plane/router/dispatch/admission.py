@@ -1,0 +1,112 @@
+"""Admission: whether there is room for one more request. Whoever is refused is told what to change, or when to return.
+
+Counted are choices, from submission to the one ending, since each is a decoding sequence; and prompt tokens that wait
+for a prefill worker, once per prompt. Of both a tenant has a share (`shares`). And whoever would wait longer than they
+want to is told so at once: by then they could have gone elsewhere.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from control_plane.router.dispatch.absences import Absences
+from control_plane.router.dispatch.drain_rate import DrainRate
+from control_plane.router.dispatch.live_request import LiveRequest
+from control_plane.router.dispatch.request_queue import RequestQueue
+from control_plane.router.dispatch.service_time import ServiceTime
+from control_plane.router.dispatch.shares import Shares
+from control_plane.router.dispatch.workers import WorkerPool
+from control_plane.router.requests import Submit
+from engine.base import limits
+from engine.base.errors import InvalidArgument, ResourceExhausted, TriptychError, Unavailable
+
+
+class Refusal(NamedTuple):
+    """`reason` is a label: shutting_down, no_worker, too_long, queue_full, share, queue_wait, slo, queue_timeout."""
+
+    reason: str
+    error: TriptychError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    requests_max: int = limits.ROUTER_REQUESTS_MAX
+    queue_timeout_ms: int = limits.QUEUE_TIMEOUT_MS
+    tenants: int = 1
+
+
+class Admission:
+    def __init__(
+        self, config: Config, pool: WorkerPool, queue: RequestQueue, absences: Absences, drain_rate: DrainRate
+    ) -> None:
+        self._config = config
+        self._pool = pool
+        self._queue = queue
+        self._absences = absences
+        self._drain_rate = drain_rate
+        self.service_time = ServiceTime()
+        self.open = True
+        self.choices = Shares(config.requests_max, tenants=config.tenants)  # of requests that have not ended
+
+    def refusal(self, request: LiveRequest) -> Refusal | None:
+        if not self.open:
+            return Refusal("shutting_down", Unavailable("shutting down", retry_after_ms=limits.RETRY_AFTER_MS))
+        if (error := self._absences.error(request)) is not None:
+            return Refusal("no_worker", error)
+        return self._too_long(request) or self._too_many(request.submit) or self._too_slow(request)
+
+    def fits(self, group: LiveRequest) -> bool:
+        """Whether decode workers, when empty, can grant the group at once. Else its choices must go one by one."""
+        growth = min(group.submit.sampling.max_tokens, limits.GROWTH_RESERVE_TOKENS)
+        return self._pool.holds_group(len(group.token_ids), len(group.choices), growth)
+
+    def wait_ms(self, submit: Submit) -> int:
+        """How long it may wait in the queue. A first token that comes after its client's objective is of no use, and
+        what comes after the queue takes time too: else under overload everybody would be served a little too late."""
+        if submit.ttft_slo_ms is None:
+            return self._config.queue_timeout_ms
+        left_ms = submit.ttft_slo_ms - self.service_time.bound_us // 1_000
+        return min(self._config.queue_timeout_ms, max(0, left_ms))
+
+    def waited_too_long(self, submit: Submit) -> Refusal:
+        """Its bound may have moved since it was accepted; what the client is told is the present one."""
+        text = f"was not started within {self.wait_ms(submit)} ms"
+        return Refusal("queue_timeout", ResourceExhausted(text, retry_after_ms=limits.RETRY_AFTER_MS))
+
+    def _too_long(self, request: LiveRequest) -> Refusal | None:
+        tokens = len(request.token_ids) + request.submit.sampling.max_tokens
+        tokens_max = self._pool.max_model_len
+        if tokens <= tokens_max:
+            return None
+        text = f"prompt: {tokens} tokens with max_tokens; the workers' KV memory holds {tokens_max} of one request"
+        return Refusal("too_long", InvalidArgument(text, field="prompt"))
+
+    def _too_many(self, submit: Submit) -> Refusal | None:
+        """A prompt longer than all that may wait is taken when nobody waits: else it could never run."""
+        tokens, queued = len(submit.token_ids), self._queue.shares
+        if not self.choices.fits(submit.choices):
+            limit = f"limit {self._config.requests_max}, each choice is one"
+            return _exhausted("queue_full", f"too many requests in flight ({limit})")
+        if self._queue and not queued.fits(tokens):
+            return _exhausted("queue_full", f"too many prompt tokens waiting (limit {queued.capacity})")
+        if not self.choices.allows(submit.tenant, submit.choices):
+            return _exhausted("share", "too many requests in flight: no more are left for this tenant")
+        if not queued.allows(submit.tenant, tokens):
+            return _exhausted("share", "too many prompt tokens waiting: no more are left for this tenant")
+        return None
+
+    def _too_slow(self, request: LiveRequest) -> Refusal | None:
+        wait_us = self._drain_rate.wait_us(self._queue.tokens_before(request))
+        bound_ms = self.wait_ms(request.submit)
+        if wait_us is None or wait_us <= bound_ms * 1_000:
+            return None
+        retry_after_ms = wait_us // 1_000 - bound_ms
+        if bound_ms < self._config.queue_timeout_ms:
+            text = f"a first token within {request.submit.ttft_slo_ms} ms is not to be expected now"
+            return _exhausted("slo", text, retry_after_ms=retry_after_ms)
+        return _exhausted("queue_wait", f"would wait for longer than {bound_ms} ms", retry_after_ms=retry_after_ms)
+
+
+def _exhausted(reason: str, text: str, *, retry_after_ms: int = 0) -> Refusal:
+    """Nobody is sent away for longer than the queue's own timeout: much may change until then."""
+    bounded_ms = min(max(retry_after_ms, limits.RETRY_AFTER_MS), limits.QUEUE_TIMEOUT_MS)
+    return Refusal(reason, ResourceExhausted(text, retry_after_ms=bounded_ms))

@@ -1,0 +1,106 @@
+"""Submission: what one client asked for and what it has been given, whoever works on it.
+
+A client's `n` choices are one submission with one ending. Its *requests* (`live_request`) come and go: one for all
+choices while they share a prefill, later one for each. What must survive them is here: the tokens of each choice, which
+are over, how much of the prompt has been scored, and the figures for the client. `outputs` is the truth about
+positions: position n of a choice is forwarded once.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from control_plane.router.dispatch.prefix_index import BlockHashes
+from control_plane.router.requests import RequestStats, Submit
+from engine.types import FinishReason, SamplingParams, TokenLogprobs
+
+if TYPE_CHECKING:
+    from control_plane.router.dispatch.live_request import LiveRequest
+
+
+@dataclass(slots=True)
+class Meter:
+    """What one tenant has been served, in prompt tokens. All of its submissions have the same one."""
+
+    tokens: int = 0
+
+
+@dataclass(slots=True)
+class Submission:
+    number: int  # in order of arrival
+    submit: Submit
+    submitted_us: int
+    deadline_us: int
+    stats: RequestStats = field(default_factory=RequestStats)
+    requests: "dict[int, LiveRequest]" = field(default_factory=dict)  # by id: those that work for it now
+    outputs: tuple[list[int], ...] = ()  # of each choice: tokens that the client has
+    finishes: dict[int, FinishReason] = field(default_factory=dict)  # of the choices that are over
+    meter: Meter = field(default_factory=Meter)
+    scored_tokens: int = 1  # of the prompt; nothing comes before the first, so it has no score
+    hashes: BlockHashes = field(init=False)
+    marks_us: dict[str, int] = field(default_factory=dict)  # first time of: placed, near_turn, token, committed
+
+    def __post_init__(self) -> None:
+        self.outputs = tuple([] for _ in range(self.submit.choices))
+        self.hashes = BlockHashes(self.submit.cache_scope, self.submit.token_ids)
+
+    @property
+    def over(self) -> bool:
+        return len(self.finishes) == self.submit.choices
+
+    @property
+    def placed(self) -> bool:
+        """Some worker was given some of it."""
+        return "placed" in self.marks_us
+
+    @property
+    def scored(self) -> bool:
+        """Nothing more of the prompt needs a score."""
+        asked = self.submit.sampling.prompt_logprobs is not None
+        return not asked or self.scored_tokens >= len(self.submit.token_ids)
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """For the next prefill. Scores that were given are not asked for again: they would keep it from the cache."""
+        sampling = self.submit.sampling
+        given = sampling.prompt_logprobs is not None and self.scored
+        return replace(sampling, prompt_logprobs=None) if given else sampling
+
+    def new_scores(self, start: int, scores: Sequence[TokenLogprobs]) -> tuple[TokenLogprobs, ...] | None:
+        """Those that the client does not have yet. None: some between them and the last ones are missing."""
+        if start > self.scored_tokens:
+            return None
+        fresh = tuple(scores[self.scored_tokens - start :])
+        self.scored_tokens += len(fresh)
+        return fresh
+
+    # -- figures -------------------------------------------------------------------------------------------------------
+    def mark(self, name: str, now_us: int) -> None:
+        self.marks_us.setdefault(name, now_us)
+
+    def first(self, name: str, now_us: int) -> bool:
+        """Mark it; whether this was the first time."""
+        known = name in self.marks_us
+        self.mark(name, now_us)
+        return not known
+
+    def note_cached(self, cached_tokens: int) -> None:
+        """The first prefill's: later ones find what the first has computed."""
+        if "near_turn" not in self.marks_us:
+            self.stats.cached_tokens = min(cached_tokens, len(self.submit.token_ids))
+
+    def phases_ms(self, now_us: int) -> dict[str, float]:
+        """Time spent in each phase, as the router saw it; of several choices, the first to get there:
+
+        submitted --queue--> near_turn --prefill--> token --transfer--> committed --decode--> ended
+        """
+        near_turn = self.marks_us.get("near_turn", now_us)
+        token = self.marks_us.get("token", now_us)
+        committed = max(token, self.marks_us.get("committed", token))
+        return {
+            "queue": (near_turn - self.submitted_us) / 1_000,
+            "encode": 0.0,
+            "prefill": (token - near_turn) / 1_000,
+            "transfer": (committed - token) / 1_000,
+            "decode": (now_us - committed) / 1_000,
+        }
