@@ -67,10 +67,10 @@ def write_tasks(folder: Path) -> None:
     (folder / "generations.yaml").write_text(GENERATIONS + shared)
 
 
-async def evaluate(tasks: Path, out: Path, model: str, **arguments: object) -> dict[str, list[dict[str, Any]]]:
+async def evaluate(tasks: Path, out: Path, backend: str, **arguments: object) -> dict[str, list[dict[str, Any]]]:
     """One run of its command line; the samples of each task, in the order of the questions."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "lm_eval", "--model", model, "--include_path", str(tasks)),
+        *(sys.executable, "-m", "lm_eval", "--model", backend, "--include_path", str(tasks)),
         *("--model_args", ",".join(f"{name}={value}" for name, value in arguments.items())),
         *("--tasks", "triptych_likelihoods,triptych_generations", "--log_samples", "--output_path", str(out)),
         *("--batch_size", "4"),
@@ -110,9 +110,7 @@ async def test_both_kinds_of_task(running: LocalCluster, tmp_path: Path) -> None
         num_concurrent=1,
         max_length=2_048,
     )
-    theirs = await evaluate(
-        tmp_path, tmp_path / "theirs", "hf", pretrained=path, dtype="float32", device="cpu", max_length=2_048
-    )
+    theirs = await evaluate(tmp_path, tmp_path / "theirs", "hf", pretrained=path, dtype="float32", max_length=2_048)
     right = likelihoods(theirs["triptych_likelihoods"])
     told = likelihoods(ours["triptych_likelihoods"])
     assert len(right) == 3 * len(QUESTIONS)
