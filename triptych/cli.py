@@ -21,6 +21,7 @@ from triptych.commands.bench import bench
 from triptych.commands.chat import chat
 from triptych.commands.config import config
 from triptych.commands.controller import controller
+from triptych.commands.encode_demo import encode_demo
 from triptych.commands.fit import fit
 from triptych.commands.measure import measure
 from triptych.commands.methods import methods
@@ -40,7 +41,7 @@ PREPARING = "Measuring and preparing"
 COMMANDS: Mapping[str, tuple[Callable[..., None], ...]] = {
     SERVING: (serve, router, worker, controller),
     LOOKING: (chat, methods),
-    PREPARING: (fit, measure, profile),
+    PREPARING: (fit, measure, profile, encode_demo),
 }
 
 

@@ -15,7 +15,7 @@ from bench.demo_vlm.reader import Order, Reader, Talk
 from bench.demo_vlm.recipe import CaptionStage, Recipe, SightStage, TogetherStage
 from bench.demo_vlm.train import CAPTION, SIGHT, STAGES, train
 from engine.models.checkpoint import ensure_default_model
-from triptych.demo.scenes import Kind, Space, questions_about, scene_of
+from triptych.demo.scenes import Space, questions_about, scene_of
 from triptych.demo_vlm.assemble import WEIGHTS
 
 IMAGE_TOKENS = 36
@@ -56,15 +56,16 @@ def test_questions_beside_each_other_do_not_hear_each_other(reader: Reader, capt
 def test_a_caption_begins_as_words_that_say_what_is_in_the_picture(reader: Reader, caption: Caption) -> None:
     scenes = [scene_of(Space.TRAIN, 0, number)[0] for number in range(20)]
     said = caption.of(scenes)
-    words = torch.cdist(said, reader.embeddings.float()[None].expand(len(scenes), -1, -1)[:, :1000]).min(-1)
+    (line_end,) = reader.tokenize("\n")
     assert said.shape == (20, IMAGE_TOKENS, reader.embeddings.shape[1])
-    assert (words.values[:, 0] < 1e-3).all()  # the line ends in front
+    assert torch.equal(said[:, 0], reader.embeddings[line_end].float().expand(20, -1))
     for slot, right in labels(scenes).items():
         assert torch.equal(caption.choices(said, slot).argmax(-1), right), slot
     assert set(caption.slots) == set(WORDS)
 
 
 @pytest.mark.model
+@pytest.mark.timeout(60)
 def test_every_stage_leaves_its_file_for_the_next(tmp_path: Path) -> None:
     train(STAGES, tmp_path, TINY)
     assert {file.name for file in tmp_path.iterdir()} == {CAPTION, SIGHT, WEIGHTS}
@@ -91,5 +92,5 @@ def test_figures_hold_the_bars_and_show_chance() -> None:
     right = figures_of([Answered(scene, question, question.answer) for scene, question in shown])
     wrong = figures_of([Answered(scene, question, "mauve") for scene, question in shown])
     assert all(figure.passed for figure in right)
-    assert {figure.bar.name for figure in wrong if not figure.passed} == set(map(str, Kind))
-    assert {figure.bar.name: figure.notes.get("chance") for figure in right}["colour"] == 0.125
+    assert not any(figure.passed for figure in wrong)
+    assert [figure.notes.get("chance") for figure in right[:-1]] == [0.125, 0.167, 0.167, 0.111, 0.1]
