@@ -11,7 +11,9 @@ them. What may be in a line is the call site's care: ids and figures, never a pr
 
 import logging
 import sys
+import traceback
 from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass
 from typing import Any, TextIO
 
 import msgspec
@@ -20,6 +22,7 @@ import structlog
 from control_plane.options import LogFormat
 
 EventDict = MutableMapping[str, Any]
+READS_CLIENTS = ("router",)  # processes whose exceptions may quote what a client sent
 CHATTY = ("httpx", "httpcore", "uvicorn", "asyncio", "_cygrpc")  # a line per probe says nothing
 
 
@@ -48,7 +51,8 @@ def _formatter(process: str, form: LogFormat, *, colours: bool) -> logging.Forma
     def name_process(_: Any, __: str, event: EventDict) -> EventDict:
         return {"process": process, **event}
 
-    write: list[Any] = [structlog.processors.format_exc_info, _write_json] if as_json else [_for_people(colours)]
+    where = _Where(messages=process not in READS_CLIENTS)
+    write: list[Any] = [where.as_field, _write_json] if as_json else [_for_people(colours, where)]
     stamp = structlog.processors.TimeStamper(fmt="iso" if as_json else "%H:%M:%S.%f", utc=as_json, key=_time_key(form))
     return structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=[structlog.stdlib.add_log_level, structlog.stdlib.ExtraAdder(), name_process, stamp],
@@ -60,11 +64,38 @@ def _time_key(form: LogFormat) -> str:
     return "time" if form is LogFormat.JSON else "timestamp"  # the name that the console writer puts first
 
 
-def _for_people(colours: bool) -> Callable[[Any, str, EventDict], str]:
-    """Tracebacks plain: the rich ones print local variables, and those hold prompts."""
+def _for_people(colours: bool, where: "_Where") -> Callable[[Any, str, EventDict], str]:
+    def write_error(stream: TextIO, raised: Any) -> None:
+        stream.write("\n" + where.text(raised))
+
     return structlog.dev.ConsoleRenderer(
-        colors=colours, exception_formatter=structlog.dev.plain_traceback, sort_keys=False, pad_event_to=0
+        colors=colours, exception_formatter=write_error, sort_keys=False, pad_event_to=0
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Where:
+    """How exceptions are written: their stacks without any variable, those that they came from first.
+
+    `messages`: and what they say of themselves. In a process that reads what clients write an exception may quote it
+    ("invalid literal: ..."); elsewhere the message is what an operator needs.
+    """
+
+    messages: bool
+
+    def as_field(self, _: Any, __: str, event: EventDict) -> EventDict:
+        raised = event.pop("exc_info", None)
+        return {**event, "exception": self.text(raised)} if raised else event
+
+    def text(self, raised: Any) -> str:
+        _, error, _ = raised
+        texts: list[str] = []
+        while error is not None:
+            stack = "".join(traceback.format_tb(error.__traceback__))
+            said = f": {error}" if self.messages else ""
+            texts.insert(0, f"Traceback (most recent call last):\n{stack}{type(error).__qualname__}{said}")
+            error = error.__cause__ or error.__context__
+        return "\n\n".join(texts)
 
 
 def _write_json(_: Any, __: str, event: EventDict) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.base import limits
+from engine.base.keys import is_key as is_key
 from engine.base.registry import Registry
 from engine.batching import batchings
 from engine.types import Role
@@ -187,6 +188,7 @@ class RouterOptions:
     edge: EdgeOptions = field(default_factory=EdgeOptions)
     host: str = "127.0.0.1"
     port: int = HTTP_PORT
+    admin_host: str = "127.0.0.1"  # not opened with `host`: that port asks for no key
     admin_port: int = ADMIN_PORT
     grpc_port: int = GRPC_PORT
     drain_timeout_s: float = limits.DRAIN_TIMEOUT_MS / 1_000
@@ -209,11 +211,6 @@ class ControllerOptions:
 
     def __post_init__(self) -> None:
         require_address("listen", self.listen)
-
-
-def is_key(text: str) -> bool:
-    """What every client can put into a header, and every protocol carries alike."""
-    return bool(text) and text.isascii() and text.isprintable() and " " not in text
 
 
 def require_at_least(option: str, value: int, low: int) -> None:

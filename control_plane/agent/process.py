@@ -216,7 +216,8 @@ class _Worker:
             await self._drain(self._host)
             await self._host.close("shutdown")
         await self._transport.close()
-        await asyncio.to_thread(self._engine.stop, STOP_TIMEOUT_S)
+        if self._loaded.is_set():  # a thread that is still loading hears of nothing; it is a daemon and dies with us
+            await asyncio.to_thread(self._engine.stop, STOP_TIMEOUT_S)
         if self._trace is not None:
             self._trace.close()
 

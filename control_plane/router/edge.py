@@ -15,7 +15,7 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final, Protocol
 
 from control_plane.router.access.tenants import EVERYBODY, Tenant
@@ -30,6 +30,7 @@ from control_plane.router.requests import (
     ResetCache,
     Stop,
     Submit,
+    SubmitAll,
     TokensReady,
     WorkerView,
 )
@@ -42,7 +43,7 @@ from engine.base.errors import InvalidArgument, ResourceExhausted, Status, Tript
 
 log = logging.getLogger("triptych.router")
 
-Deliver = Callable[[Submit | Stop | Cancel | ResetCache], None]
+Deliver = Callable[[Submit | SubmitAll | Stop | Cancel | ResetCache], None]
 Labels = tuple[tuple[str, str], ...]
 ID_PREFIXES: Final = ("chatcmpl-", "cmpl-")  # of ids in answers over HTTP
 
@@ -76,6 +77,7 @@ class RequestRecord:
     per_token_us: float | None = None  # mean after the first token
     total_us: int | None = None
     stats: RequestStats | None = None
+    transfer_id: str = ""  # as workers know the last transfer of its KV; told to our log only
     slo: SloVerdict = UNJUDGED
 
 
@@ -85,6 +87,21 @@ class Observer(Protocol):
     def request_ended(self, record: RequestRecord) -> None: ...
 
     def slow_reader(self) -> None: ...
+
+
+@dataclass(slots=True)
+class _Call:
+    """What a client asked for at once: one request, or one for each of its prompts. Its id is that of the first, also
+    when that one has ended."""
+
+    id: str
+    stop_strings: Mapping[tuple[str, ...], StopStrings]  # by the request's: its prompts have the same
+    live: dict[int, RequestStream] = field(default_factory=dict)
+    opened: int = 0
+
+    def next_id(self, mint_id: Callable[[], str]) -> str:
+        self.opened += 1
+        return self.id if self.opened == 1 else mint_id()
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +135,8 @@ class Edge:
         self._mint_id = mint_id
         self._keys = itertools.count(1)
         self._live: dict[int, RequestStream] = {}
-        self._keys_by_id: dict[str, int] = {}
+        self._calls: dict[str, _Call] = {}  # by the id that a client was given
+        self._call_of: dict[int, _Call] = {}  # by the key of a live request
         self._over: TriptychError | None = None  # set: the core says nothing more, whatever is submitted
 
     @property
@@ -146,14 +164,19 @@ class Edge:
     def open_all(self, requests: Sequence[ValidatedRequest]) -> list[RequestStream]:
         """Submit the requests of one client's call: there is room for all of them, or none is started."""
         self.check_room(len(requests))
-        return [self._submit(request) for request in requests]
+        call = _Call(self._mint_id(), {stop: StopStrings(stop) for stop in {request.stop for request in requests}})
+        streams = [self._stream(request, call) for request in requests]
+        submits = tuple(_submit(stream.key, stream.request) for stream in streams)
+        self._deliver(submits[0] if len(submits) == 1 else SubmitAll(submits))
+        return streams
 
     def abort(self, id: str, tenant: Tenant = EVERYBODY) -> None:
         """End a request by the id that its client was given, whichever protocol gave it. Ids that are unknown, or
         another tenant's, and requests that have ended are no error: the answer tells nobody which ids there are."""
-        stream = self._live.get(self._keys_by_id.get(_bare_id(id), 0))
-        if stream is not None and (tenant.admin or stream.request.tenant == tenant.name):
-            stream.close("aborted by request")
+        call = self._calls.get(_bare_id(id))
+        for stream in tuple(call.live.values()) if call is not None else ():
+            if tenant.admin or stream.request.tenant == tenant.name:
+                stream.close("aborted by request")
 
     def refused(self, error: TriptychError, label: str, tenant: str = "") -> None:
         """Account for a request that never reached the core: every client's request is counted and logged once."""
@@ -204,17 +227,19 @@ class Edge:
         asyncio.get_running_loop().call_soon(self.cancel, stream)
         stream.overflow()
 
-    def _submit(self, request: ValidatedRequest) -> RequestStream:
-        choices = self._choices(request)
-        stream = RequestStream(self, next(self._keys), self._mint_id(), request, choices, self._clock_us())
-        self._live[stream.key] = stream  # before `Submit`: the core may refuse it on the spot
-        self._keys_by_id[stream.id] = stream.key
-        self._deliver(_submit(stream.key, request))
+    def _stream(self, request: ValidatedRequest, call: "_Call") -> RequestStream:
+        choices = self._choices(request, call.stop_strings[request.stop])
+        stream = RequestStream(self, next(self._keys), call.next_id(self._mint_id), request, choices, self._clock_us())
+        self._live[stream.key] = call.live[stream.key] = stream  # before `Submit`: the core may refuse it on the spot
+        self._calls[call.id] = self._call_of[stream.key] = call
         return stream
 
     def _end(self, stream: RequestStream, ended: Ended) -> None:
         del self._live[stream.key]
-        del self._keys_by_id[stream.id]
+        call = self._call_of.pop(stream.key)
+        del call.live[stream.key]
+        if not call.live:
+            del self._calls[call.id]
         stream.ended_us = self._clock_us()
         stream.end(_in_clients_words(ended, stream.request))
         record = _record(stream, ended)
@@ -222,9 +247,8 @@ class Edge:
         if log.isEnabledFor(logging.INFO):
             log.info("request", extra=_log_line(stream, record))
 
-    def _choices(self, request: ValidatedRequest) -> list[Choice]:
+    def _choices(self, request: ValidatedRequest, strings: StopStrings) -> list[Choice]:
         """One per `n`; they share nothing but the stop strings' automaton."""
-        strings = StopStrings(request.stop) if request.stop else None
         return [
             Choice(
                 index,
@@ -232,7 +256,7 @@ class Edge:
                 self.vocabulary.detokenizer(
                     self._silent_ids(request), skip_special_tokens=request.skip_special_tokens, prompt=request.token_ids
                 ),
-                StopMatcher(strings, include=request.include_stop) if strings is not None else None,
+                StopMatcher(strings, include=request.include_stop) if request.stop else None,
             )
             for index in range(request.choices)
         ]
@@ -288,6 +312,7 @@ def _record(stream: RequestStream, ended: Ended) -> RequestRecord:
         per_token_us=times.per_token_us,
         total_us=times.total_us,
         stats=ended.stats,
+        transfer_id=ended.transfer_id,
         slo=SloVerdict.of(stream, times, ended.error),
     )
 
@@ -316,6 +341,7 @@ def _log_line(stream: RequestStream, record: RequestRecord) -> dict[str, str | i
         "attempts": stats.attempts,
         "prefill": word(stats.prefill_worker),
         "decode": word(stats.decode_worker),
+        "transfer_id": record.transfer_id,
         "codec": word(stats.codec),
         "codec_level": stats.level,
         "kv_bytes_raw": stats.kv_bytes_raw,

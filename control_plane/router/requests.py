@@ -39,6 +39,14 @@ class Submit:
 
 
 @dataclass(frozen=True, slots=True)
+class SubmitAll:
+    """The requests of one client's call, all of one tenant: all of them are taken in, or none is, and then each ends
+    with the same error."""
+
+    submits: tuple[Submit, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Cancel:
     """The client is gone. `Ended` with `Cancelled` follows unless the request has already ended."""
 
@@ -51,6 +59,13 @@ class Stop:
 
     key: int
     choice: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EndAll:
+    """The router ends: so does every request that is left, with this error."""
+
+    error: TriptychError
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +113,17 @@ class RequestStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ended:
-    """A request's one ending: `finish` or `error`, never both. Nothing follows. Of several choices, the last one's."""
+    """A request's one ending: `finish` or `error`, never both. Nothing follows. Of several choices, the last one's.
+
+    `transfer_id` is the last binding's, in hex, and empty if there was none, or none with a transfer. It is for our log
+    only: workers know the transfer by it.
+    """
 
     key: int
     finish: FinishReason | None = None
     error: TriptychError | None = None
     stats: RequestStats
+    transfer_id: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

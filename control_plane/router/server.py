@@ -35,7 +35,7 @@ from control_plane.router.grpc.services import add_services
 from control_plane.router.http import app as http
 from control_plane.router.http.server import HttpServer, raise_open_files_limit
 from control_plane.router.metrics import RouterMetrics
-from control_plane.router.requests import WorkerView
+from control_plane.router.requests import EndAll, WorkerView
 from control_plane.router.text.chat_template import ChatTemplate
 from control_plane.router.text.vocabulary import ModelCard, OracleVocabulary, TokenizerVocabulary, Vocabulary
 from control_plane.router.validation.validator import Config as ValidationConfig
@@ -123,7 +123,7 @@ class _Listening:
     def at(cls, options: RouterOptions, stack: contextlib.ExitStack) -> Self:
         return cls(
             public=stack.enter_context(addresses.listen("port", options.host, options.port)),
-            admin=stack.enter_context(addresses.listen("admin-port", options.host, options.admin_port)),
+            admin=stack.enter_context(addresses.listen("admin-port", options.admin_host, options.admin_port)),
             grpc=stack.enter_context(addresses.hold("grpc-port", options.host, options.grpc_port)),
         )
 
@@ -205,6 +205,7 @@ class _Router:
         )
         self._quiet = asyncio.Event()  # set when nothing is in flight any more; cleared by who waits for it
         self._http: dict[HttpServer, asyncio.Task[None]] = {}
+        self._stopping = False
 
     def _on_output(self, output: Any) -> None:
         self._edge.on_output(output)
@@ -253,10 +254,11 @@ class _Router:
         await self._grpc.start()
 
     def _on_server_end(self, serving: asyncio.Task[None]) -> None:
+        """Unless it was told to: a router that nobody reaches is better started again, whatever the reason."""
         error = None if serving.cancelled() else serving.exception()
-        if isinstance(error, Exception):
+        if not self._stopping:
             log.critical("a server ended", exc_info=error)
-            self._shutdown.crash(error)
+            self._shutdown.crash(RuntimeError("a server ended"))
 
     async def _refresh_health(self) -> None:
         while True:
@@ -270,6 +272,7 @@ class _Router:
         one who does not read is cut off."""
         if self._host.running:  # not after a crash: a machine that is stepped no more ends nothing
             await self._drain()
+            self._host.deliver(EndAll(Unavailable("shutting down", retry_after_ms=limits.RETRY_AFTER_MS)))
         await self._host.close("shutdown")
         self._edge.end_all(Unavailable("shutting down", retry_after_ms=limits.RETRY_AFTER_MS))
         await asyncio.gather(self._stop_http(), self._grpc.stop(FLUSH_S))
@@ -290,6 +293,7 @@ class _Router:
             log.warning("drain timed out", extra=left)
 
     async def _stop_http(self) -> None:
+        self._stopping = True
         for server in self._http:
             server.stop()
         await asyncio.wait(self._http.values(), timeout=FLUSH_S)
@@ -338,9 +342,11 @@ def _refuse_constraint(constraint: Constraint) -> None:
 def _vocabulary(model: ModelChoice, edge: EdgeOptions) -> Vocabulary:
     if model.path is None:
         return OracleVocabulary(model.vocab_size)
-    return TokenizerVocabulary.from_model_dir(
-        model.path, model.vocab_size, permit_special_tokens=edge.permit_special_tokens
-    )
+    permit = edge.permit_special_tokens
+    try:
+        return TokenizerVocabulary.from_model_dir(model.path, model.vocab_size, permit_special_tokens=permit)
+    except Exception as error:  # the library raises nothing narrower
+        raise OptionError("model", f"its tokenizer.json cannot be read: {str(error)[:200]}") from None
 
 
 def _chat_template(model: ModelChoice, edge: EdgeOptions) -> ChatTemplate | None:

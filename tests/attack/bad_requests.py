@@ -665,6 +665,9 @@ def tokenization() -> Iterator[Bad]:
         yield from fields("D2", "model", "must be a string", ("5", "true", "[]", "{}"), [path])
     for name in ("add_special_tokens", "return_token_strs"):
         yield from fields("D2", name, "must be true or false", NO_BOOLEANS, ["/tokenize"])
+    for name in ("add_generation_prompt", "continue_final_message"):  # of no use to a prompt
+        yield from fields("D2", name, "must be true or false", NO_BOOLEANS, ["/tokenize"])
+    yield from fields("D2", "chat_template_kwargs", "must be an object", ("5", "[]", f'"{MARK}"'), ["/tokenize"])
     yield from fields("D2", "prompt", "must be a string", ("[1]", '["a"]', "[[1]]"), ["/tokenize"])
     yield from fields("D2", "prompt", "required", ["null"], ["/tokenize"])
     each = f"token ids must be integers in [0, {LAST_ID}]"
@@ -788,6 +791,31 @@ def sizes(path: str) -> Iterator[Bad]:
     for name, body, message in rows:
         content = body.encode() if isinstance(body, str) else body
         yield Bad(row="D1", name=f"{path} {name}", path=path, body=content, message=message, param="body")
+
+
+def heavy() -> Iterator[Bad]:
+    """As much as a body may hold, of what is dear to look at."""
+    last = f'{{"role":"{MARK}","content":"a"}}'
+    for part in ('"a"', f'{{"type":"text","text":"{"a" * 500}"}}'):
+        most = ",".join([f'{{"role":"user","content":[{part}]}}'] * (limits.MESSAGES_MAX - 1))
+        wrong = f"messages[{limits.MESSAGES_MAX - 1}].role"
+        yield Bad(
+            row="D4",
+            name=f"{limits.MESSAGES_MAX} messages of {shown(part)}",
+            path=CHAT,
+            body=f'{{"messages":[{most},{last}]}}'.encode(),
+            message=f"{wrong}: {ROLES}",
+            param=wrong,
+        )
+    full = f'{{"role":"user","content":{repeated(json.dumps(MARK), limits.MESSAGE_PARTS_MAX)}}}'
+    parts = f"at most {limits.MESSAGE_PARTS_MAX} parts in one message, {limits.MESSAGES_MAX} together"
+    yield from fields("D4", "messages", parts, [repeated(full, limits.MESSAGES_MAX)], [CHAT])
+    ids = f"at most {limits.PROMPT_TOKENS_MAX} tokens"
+    yield from fields("D4", "prompt", ids, [repeated("[]", limits.BODY_BYTES_MAX // 3 - 100)], [COMPLETIONS])
+    beside = f"body: at most {limits.BODY_BESIDE_PROMPT_BYTES_MAX} bytes beside the prompt"
+    for name, many in (("names", '"":0,'), ("objects", f'"{MARK}":{repeated("{}", 1_000)},')):
+        body = "{" + many * ((limits.BODY_BYTES_MAX - 100) // len(many)) + f'"prompt":"{MARK}"}}'
+        yield Bad(row="D4", name=f"4 MiB of {name}", body=body.encode(), message=beside, param="body")
 
 
 # -- HTTP around the body ----------------------------------------------------------------------------------------------
@@ -970,6 +998,7 @@ GROUPS: Final[Mapping[str, Callable[[], list[Bad]]]] = {
     "ours": lambda: [*ours()],
     "prompts": lambda: [*prompts()],
     "damage": lambda: [*damage()],
+    "heavy": lambda: [*heavy()],
     "conversations": lambda: [*conversations()],
     "chat": lambda: [*of_chat()],
     "tokenization": lambda: [*tokenization()],

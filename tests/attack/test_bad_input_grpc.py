@@ -15,7 +15,6 @@ import pytest
 
 from control_plane.router.grpc.inference_service import SERVICE_NAME
 from control_plane.router.grpc.services import NAMES
-from control_plane.router.validation.fields import word
 from control_plane.wire import inference_pb2 as pb
 from engine.base import limits
 from tests.attack.bad_requests import BOTH, MARK, Bad, table
@@ -171,7 +170,7 @@ async def test_the_same_mistakes_get_the_same_sentences(served: Server, caplog: 
     wrong = {}
     for bad, message in rows:
         got = await refusal(served, message.SerializeToString())
-        if got != Refusal(CODES[bad.status], bad.message, word(bad.param or "")):
+        if got != Refusal(CODES[bad.status], bad.message, bad.param):
             wrong[bad.name] = got
         assert MARK not in str(got), bad.name
     assert wrong == {}
@@ -211,7 +210,10 @@ async def test_biases_that_are_none(served: Server, value: float) -> None:
 
 async def test_lists_are_counted(served: Server) -> None:
     too_many = pb.GenerateRequest(tokens=pb.TokenIds(ids=[5] * (2 * limits.PROMPT_TOKENS_MAX)))
-    assert (await refusal(served, too_many.SerializeToString())).field == "prompt"
+    expected = Refusal(CODES[400], f"prompt: at most {limits.PROMPT_TOKENS_MAX} tokens", "prompt")
+    assert await refusal(served, too_many.SerializeToString()) == expected
+    too_many.sampling.truncate_prompt_tokens = 5  # the last five of how many?
+    assert await refusal(served, too_many.SerializeToString()) == expected
     message = pb.ChatMessage(role="user", content=MARK)
     too_many = pb.GenerateRequest(chat=pb.Chat(messages=[message] * (2 * limits.MESSAGES_MAX)))
     assert (await refusal(served, too_many.SerializeToString())).field == "messages"

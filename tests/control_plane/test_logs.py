@@ -58,10 +58,24 @@ def test_a_traceback_holds_no_values(stream: io.StringIO, form: LogFormat) -> No
     configure_logging("router", "info", form, stream=stream)
     prompt = "a secret of the client's"
     try:
-        raise RuntimeError(f"bug {len(prompt)}")
+        try:
+            int(prompt)
+        except ValueError as cause:
+            raise RuntimeError(f"bug: {prompt}") from cause
     except RuntimeError as error:
         log.error("bug in the edge", exc_info=error)
-    assert "RuntimeError" in stream.getvalue() and "secret" not in stream.getvalue()
+    text = stream.getvalue()
+    assert "RuntimeError" in text and "ValueError" in text and "test_logs.py" in text
+    assert "secret" not in text
+
+
+def test_a_worker_says_what_went_wrong(stream: io.StringIO) -> None:
+    configure_logging("decode-0", "info", LogFormat.JSON, stream=stream)
+    try:
+        raise MemoryError("no room for 12 MiB")
+    except MemoryError as error:
+        log.error("the engine thread ends", exc_info=error)
+    assert json.loads(stream.getvalue())["exception"].endswith("MemoryError: no room for 12 MiB")
 
 
 def test_where_nobody_looks_it_is_json(stream: io.StringIO) -> None:

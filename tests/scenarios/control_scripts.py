@@ -11,9 +11,11 @@ Router: workers are called by their ids, the controller `controller`, clients by
     > d1: committed request=1 attempt=2          a worker says something; with gap=1 a sequence number is missing, and
                                                  logprobs=-1,-2 are of so many tokens, each the likeliest
     > submit 1 tokens=1..8 max=4 / > cancel 1 / > stop 1 choice=1 / > reset_cache / > shutdown
+                                                 submit 1+2: two alike, of one call
                                                  submit also: n= priority= tenant= logprobs= scores= deadline_ms=
                                                  codec= kl_budget= ttft_slo_ms=
     > requests / > workers / > counters          what the router believes
+    > transfers                                  of each client that has ended: the transfer that its log line names
 
 Controller: peers are called as they introduce themselves.
 
@@ -24,16 +26,29 @@ Controller: peers are called as they introduce themselves.
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from control_plane.controller.core import Config as ControllerConfig
 from control_plane.controller.core import ControllerCore
-from control_plane.router.core import CONTROLLER, Config, RouterCore, StopAdmitting
+from control_plane.router.core import Config, RouterCore, StopAdmitting
+from control_plane.router.dispatch.links import CONTROLLER
 from control_plane.router.dispatch.workers import LINK_PREFIX
-from control_plane.router.requests import Cancel, Ended, PromptScored, ResetCache, Stop, Submit, TokensReady
+from control_plane.router.requests import (
+    Cancel,
+    EndAll,
+    Ended,
+    PromptScored,
+    ResetCache,
+    Stop,
+    Submit,
+    SubmitAll,
+    TokensReady,
+)
 from control_plane.wire import session_pb2 as pb
 from control_plane.wire.session import Session, parse_hello_untrusted
 from control_plane.wire.translate import offers_to_wire
+from engine.base.errors import Unavailable
 from engine.base.machine import Close, Dial, LinkLost, LinkUp, Received, Send, Started
 from engine.types import SamplingParams, TokenLogprobs
 from kv_transfer.codecs import Encoding
@@ -61,7 +76,7 @@ class RouterScript(Script):
         super().__init__()
         self.names = names()
         self.peers: dict[str, Session] = {}
-        self.ended: set[int] = set()
+        self.ended: dict[int, str] = {}  # key -> transfer id
 
     # -- commands ------------------------------------------------------------------------------------------------------
     def do_router(self, words: Words) -> list[str]:
@@ -136,8 +151,9 @@ class RouterScript(Script):
             logprobs=asked.get("logprobs"),
             prompt_logprobs=asked.get("scores"),
         )
+        first, *others = map(int, words.plain[0].split("+"))
         submit = Submit(
-            key=int(words.plain[0]),
+            key=first,
             token_ids=read_numbers(words.keyed["tokens"]),
             sampling=sampling,
             tenant=words.keyed.get("tenant", ""),
@@ -148,7 +164,7 @@ class RouterScript(Script):
             codec=words.keyed.get("codec", ""),
             kl_budget=float(words.keyed["kl_budget"]) if "kl_budget" in words.keyed else None,
         )
-        return self.step(submit)
+        return self.step(SubmitAll((submit, *(replace(submit, key=key) for key in others))) if others else submit)
 
     def do_cancel(self, words: Words) -> list[str]:
         return self.step(Cancel(int(words.plain[0])))
@@ -159,11 +175,14 @@ class RouterScript(Script):
     def do_reset_cache(self, _: Words) -> list[str]:
         return self.step(ResetCache())
 
+    def do_end_all(self, _: Words) -> list[str]:
+        return self.step(EndAll(Unavailable("shutting down")))
+
     def do_shutdown(self, _: Words) -> list[str]:
         return self.step(StopAdmitting())
 
     def do_requests(self, _: Words) -> list[str]:
-        return [self._show_request(request) for request in self.machine._requests.values()]
+        return [self._show_request(request) for request in self.machine._register.requests.values()]
 
     def do_workers(self, _: Words) -> list[str]:
         return [
@@ -175,6 +194,10 @@ class RouterScript(Script):
     def do_counters(self, _: Words) -> list[str]:
         counters = sorted(self.machine.counters.items())
         return [f"{name}{{{label}}} {count}" if label else f"{name} {count}" for (name, label), count in counters]
+
+    def do_transfers(self, _: Words) -> list[str]:
+        named = {key: self.names.write(bytes.fromhex(id)) if id else "none" for key, id in self.ended.items()}
+        return [f"client {key}: {transfer}" for key, transfer in named.items()]
 
     @staticmethod
     def _show_request(request) -> str:  # type: ignore[no-untyped-def]
@@ -218,7 +241,7 @@ class RouterScript(Script):
 
     def _show_ended(self, ended: Ended) -> str:
         assert ended.key not in self.ended, "I1: one ending"
-        self.ended.add(ended.key)
+        self.ended[ended.key] = ended.transfer_id
         assert (ended.finish is None) != (ended.error is None)
         if ended.error is None:
             stats = ended.stats
@@ -231,7 +254,7 @@ class RouterScript(Script):
 
     def check(self) -> None:
         """Each worker's load is the sum of what the requests there add to it, so an idle router believes in none."""
-        requests = self.machine._requests.values()
+        requests = self.machine._register.requests.values()
         for worker in self.machine.pool:
             bound = sum(r.target is not None and r.target.worker == worker.id for r in requests)
             prefill = sum(r.prefill_load_tokens for r in requests if r.source and r.source.worker == worker.id)
@@ -239,7 +262,7 @@ class RouterScript(Script):
         held = Counter[str]()
         for request in requests:
             held[request.submit.tenant] += request.decode_tokens
-        assert self.machine._decode_memory.shares._held == +held, "decode memory is off"
+        assert self.machine._holders.decode_memory.shares._held == +held, "decode memory is off"
 
 
 def _only(keyed: dict[str, str], *names: str) -> dict[str, str]:

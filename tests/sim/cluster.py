@@ -209,10 +209,10 @@ class VirtualCluster:
 
     def _check_router_quiet(self, router: RouterCore) -> None:
         """It has forgotten every request and every dead worker, and knows the living ones."""
-        held = (router.in_flight, len(router._requests), len(router._queue))
+        held = (router.in_flight, len(router._register.requests), len(router._queue))
         if any(held):
             raise Violation(f"I7: a router of (submissions, requests at workers, queued requests) {held}")
-        shares = (router._admission.choices, router._queue.shares, router._decode_memory.shares)
+        shares = (router._admission.choices, router._queue.shares, router._holders.decode_memory.shares)
         if any(share.total or share._held for share in shares):
             raise Violation(f"I7: shares that nobody gave back: {[share._held for share in shares]}")
         busy = {worker.info.name: (worker.bound, worker.prefill_tokens) for worker in router.pool}

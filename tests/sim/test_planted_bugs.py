@@ -6,7 +6,7 @@ import pytest
 
 from engine.kv.allocator import IntegrityError
 from tests.sim.history import Violation
-from tests.sim.planted_bugs import BUGS
+from tests.sim.planted_bugs import BUGS, nobody_watches
 from tests.sim.simulation import simulate_seed
 
 SEEDS_MAX = 300
@@ -21,6 +21,13 @@ def test_a_planted_bug_is_caught(name: str, figures: Counter[str]) -> None:
     assert isinstance(violation.__cause__, (Violation, IntegrityError)), "a check must notice it, not a crash"
     simulate_seed(seed)
     figures["seeds until " + " ".join(name.split("_")[:2])] = seed + 1
+
+
+def test_nobody_watching_is_no_bug_that_is_caught() -> None:
+    """Lesson 8 is planted where nobody watches: that alone breaks no promise, so what is caught there is the lesson."""
+    with nobody_watches():
+        for seed in range(20):
+            simulate_seed(seed)
 
 
 def _first_violation() -> tuple[int, Violation]:

@@ -5,9 +5,10 @@
     acme       sk-91c2...                             a second key, for a change without a gap
     ops        sk-77aa...                 admin       may also reset the cache
 
-Fields are parted by spaces; `#` begins a comment. Errors name the line and never show it: it may hold a key.
+Fields are parted by spaces; `#` after one begins a comment. Errors name the line and never show it: it may hold a key.
 """
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -19,6 +20,7 @@ from engine.base import limits
 OPTION: Final = "api-key-file"
 FLAG_TENANT: Final = Tenant("default", admin=True)
 ADMIN: Final = "admin"
+COMMENT: Final = re.compile(r"(?:^|\s)#")  # inside a word it is part of a key
 
 
 def read_keys(options: EdgeOptions) -> Keys:
@@ -52,7 +54,7 @@ def _text(path: Path) -> str:
 
 def _entries(text: str) -> Iterator[tuple[int, str, Tenant]]:
     for number, line in enumerate(text.splitlines(), start=1):
-        fields = line.partition("#")[0].split()
+        fields = COMMENT.split(line, maxsplit=1)[0].split()
         if not fields:
             continue
         if not 2 <= len(fields) <= 3 or fields[2:] not in ([], [ADMIN]):

@@ -1,1 +1,1 @@
-"""The parts of RouterCore: admission, the fair queue, shares, placement, what is known of workers and requests."""
+"""The parts of RouterCore: what a request passes through, what is known of it and of workers, and the rules."""

@@ -5,6 +5,7 @@ for a prefill worker, once per prompt. Of both a tenant has a share (`shares`). 
 want to is told so at once: by then they could have gone elsewhere.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,9 +14,9 @@ from control_plane.router.dispatch.drain_rate import DrainRate
 from control_plane.router.dispatch.live_request import LiveRequest
 from control_plane.router.dispatch.request_queue import RequestQueue
 from control_plane.router.dispatch.service_time import ServiceTime
-from control_plane.router.dispatch.shares import Shares
 from control_plane.router.dispatch.workers import WorkerPool
 from control_plane.router.requests import Submit
+from control_plane.router.shares import Shares
 from engine.base import limits
 from engine.base.errors import InvalidArgument, ResourceExhausted, TriptychError, Unavailable
 
@@ -30,6 +31,7 @@ class Refusal(NamedTuple):
 @dataclass(frozen=True, kw_only=True)
 class Config:
     requests_max: int = limits.ROUTER_REQUESTS_MAX
+    deadline_ms: int = limits.REQUEST_DEADLINE_MS
     queue_timeout_ms: int = limits.QUEUE_TIMEOUT_MS
     tenants: int = 1
 
@@ -47,17 +49,23 @@ class Admission:
         self.open = True
         self.choices = Shares(config.requests_max, tenants=config.tenants)  # of requests that have not ended
 
-    def refusal(self, request: LiveRequest) -> Refusal | None:
+    def refusal(self, requests: Sequence[LiveRequest]) -> Refusal | None:
+        """Of all requests of one call, or of none."""
         if not self.open:
             return Refusal("shutting_down", Unavailable("shutting down", retry_after_ms=limits.RETRY_AFTER_MS))
-        if (error := self._absences.error(request)) is not None:
+        if (error := self._absences.error(requests[0])) is not None:
             return Refusal("no_worker", error)
-        return self._too_long(request) or self._too_many(request.submit) or self._too_slow(request)
+        too_long = (refusal for each in requests if (refusal := self._too_long(each)) is not None)
+        return next(too_long, None) or self._too_many(requests) or self._too_slow(requests)
 
     def fits(self, group: LiveRequest) -> bool:
         """Whether decode workers, when empty, can grant the group at once. Else its choices must go one by one."""
         growth = min(group.submit.sampling.max_tokens, limits.GROWTH_RESERVE_TOKENS)
         return self._pool.holds_group(len(group.token_ids), len(group.choices), growth)
+
+    def total_ms(self, submit: Submit) -> int:
+        """How long it may take in all."""
+        return min(submit.deadline_ms or self._config.deadline_ms, limits.REQUEST_DEADLINE_MS_MAX)
 
     def wait_ms(self, submit: Submit) -> int:
         """How long it may wait in the queue. A first token that comes after its client's objective is of no use, and
@@ -80,22 +88,27 @@ class Admission:
         text = f"prompt: {tokens} tokens with max_tokens; the workers' KV memory holds {tokens_max} of one request"
         return Refusal("too_long", InvalidArgument(text, field="prompt"))
 
-    def _too_many(self, submit: Submit) -> Refusal | None:
-        """A prompt longer than all that may wait is taken when nobody waits: else it could never run."""
-        tokens, queued = len(submit.token_ids), self._queue.shares
-        if not self.choices.fits(submit.choices):
+    def _too_many(self, requests: Sequence[LiveRequest]) -> Refusal | None:
+        """A call longer than all that may wait is taken when nobody waits: else it could never run."""
+        tenant, queued = requests[0].submit.tenant, self._queue.shares
+        tokens = sum(len(each.token_ids) for each in requests)
+        choices = sum(each.submit.choices for each in requests)
+        if not self.choices.fits(choices):
             limit = f"limit {self._config.requests_max}, each choice is one"
             return _exhausted("queue_full", f"too many requests in flight ({limit})")
         if self._queue and not queued.fits(tokens):
             return _exhausted("queue_full", f"too many prompt tokens waiting (limit {queued.capacity})")
-        if not self.choices.allows(submit.tenant, submit.choices):
+        if not self.choices.allows(tenant, choices):
             return _exhausted("share", "too many requests in flight: no more are left for this tenant")
-        if not queued.allows(submit.tenant, tokens):
+        if not queued.allows(tenant, tokens):
             return _exhausted("share", "too many prompt tokens waiting: no more are left for this tenant")
         return None
 
-    def _too_slow(self, request: LiveRequest) -> Refusal | None:
-        wait_us = self._drain_rate.wait_us(self._queue.tokens_before(request))
+    def _too_slow(self, requests: Sequence[LiveRequest]) -> Refusal | None:
+        """The last one waits for the others too."""
+        *others, request = requests
+        ahead_tokens = self._queue.tokens_before(request) + sum(len(each.token_ids) for each in others)
+        wait_us = self._drain_rate.wait_us(ahead_tokens)
         bound_ms = self.wait_ms(request.submit)
         if wait_us is None or wait_us <= bound_ms * 1_000:
             return None

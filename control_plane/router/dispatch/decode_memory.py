@@ -14,8 +14,8 @@ Not here: which decode worker (`placement`), and what is really free there, whic
 from collections.abc import Sequence
 
 from control_plane.router.dispatch.live_request import LiveRequest
-from control_plane.router.dispatch.shares import Shares
 from control_plane.router.dispatch.workers import WorkerPool
+from control_plane.router.shares import Shares
 from engine.base import limits
 
 

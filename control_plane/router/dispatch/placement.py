@@ -104,6 +104,10 @@ class Placer:
         workers = (worker for worker in self._pool if worker.serving and worker.has(Role.PREFILL))
         return any(self.has_room(worker, urgent=urgent) for worker in workers)
 
+    @property
+    def has_prefill_workers(self) -> bool:
+        return bool(self._pool.holding(Role.PREFILL))
+
     def decode(self, request: LiveRequest, source: Worker, refused: Collection[str]) -> Choice | None:
         """Where nobody decodes, a source that drains finishes what it has begun: its drain ends no sooner by waiting
         for others."""

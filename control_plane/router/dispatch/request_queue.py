@@ -21,8 +21,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from control_plane.router.dispatch.live_request import LiveRequest
-from control_plane.router.dispatch.shares import Shares
 from control_plane.router.dispatch.submissions import Meter
+from control_plane.router.shares import Shares
 from engine.base import limits
 
 

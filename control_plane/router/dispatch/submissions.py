@@ -8,14 +8,17 @@ positions: position n of a choice is forwarded once.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from control_plane.router.dispatch.prefix_index import BlockHashes
 from control_plane.router.requests import RequestStats, Submit
+from engine.base import limits
 from engine.types import FinishReason, SamplingParams, TokenLogprobs
 
 if TYPE_CHECKING:
     from control_plane.router.dispatch.live_request import LiveRequest
+
+GROWTH_TOKENS: Final = limits.GROWTH_RESERVE_TOKENS  # output is metered, and its memory counted, so many at a time
 
 
 @dataclass(slots=True)
@@ -37,6 +40,7 @@ class Submission:
     finishes: dict[int, FinishReason] = field(default_factory=dict)  # of the choices that are over
     meter: Meter = field(default_factory=Meter)
     scored_tokens: int = 1  # of the prompt; nothing comes before the first, so it has no score
+    transfer_id: str = ""  # of its last binding; none if that needs no transfer
     hashes: BlockHashes = field(init=False)
     marks_us: dict[str, int] = field(default_factory=dict)  # first time of: placed, near_turn, token, committed
 
@@ -73,6 +77,19 @@ class Submission:
         fresh = tuple(scores[self.scored_tokens - start :])
         self.scored_tokens += len(fresh)
         return fresh
+
+    def remaining_ms(self, now_us: int) -> int:
+        return max(1, (self.deadline_us - now_us) // 1_000)
+
+    # -- the tenant's meter --------------------------------------------------------------------------------------------
+    def meter_growth(self) -> None:
+        """Some choice has put out as many tokens again."""
+        self.meter.tokens += GROWTH_TOKENS * limits.OUTPUT_TOKEN_WEIGHT
+
+    def meter_rest(self) -> None:
+        """It is over: what was put out since."""
+        unmetered = sum(len(output) % GROWTH_TOKENS for output in self.outputs)
+        self.meter.tokens += unmetered * limits.OUTPUT_TOKEN_WEIGHT
 
     # -- figures -------------------------------------------------------------------------------------------------------
     def mark(self, name: str, now_us: int) -> None:

@@ -9,6 +9,13 @@ from control_plane.router.dispatch.workers import Worker
 from control_plane.wire import session_pb2 as pb
 from control_plane.wire.translate import sampling_to_wire
 from engine.base.errors import InvalidArgument
+from engine.base.machine import Send
+
+
+def send(worker: Worker, **body: object) -> Send:
+    """One message, in the next envelope of its session."""
+    assert worker.session is not None
+    return Send(worker.link, worker.session.seal(pb.RouterToWorker(**body)))  # type: ignore[arg-type]
 
 
 def prefill(request: LiveRequest, *, deadline_ms: int) -> pb.Prefill:

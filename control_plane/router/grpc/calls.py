@@ -10,6 +10,7 @@ ask for (`validation`).
 
 import functools
 import logging
+import re
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -166,5 +167,13 @@ def _trailers(error: TriptychError) -> Sequence[tuple[str, str]]:
     if error.status in RETRYABLE:
         return (("retry-after-ms", str(error.retry_after_ms or limits.RETRY_AFTER_MS)),)
     if isinstance(error, InvalidArgument) and error.field:
-        return (("field", word(error.field)),)
+        return (("field", _metadata_value(error.field)),)
     return ()
+
+
+_NOT_VISIBLE: Final = re.compile(r"[^!-~]")
+
+
+def _metadata_value(text: str) -> str:
+    """Visible ASCII, as gRPC wants it, `messages[1].role` as it is; and not long."""
+    return _NOT_VISIBLE.sub("_", text[: limits.REQUEST_ID_CHARACTERS_MAX])

@@ -29,7 +29,7 @@ from control_plane.router.edge import Edge, RouterState
 from control_plane.router.http.generation import Front, Generation
 from control_plane.router.http.headers import headers_read, label_of, tenant_of
 from control_plane.router.http.intake import Intake
-from control_plane.router.http.json_calls import JsonCall, aborted_ids_untrusted
+from control_plane.router.http.json_calls import JsonCall, Refused, aborted_ids_untrusted
 from control_plane.router.http.openapi import document
 from control_plane.router.http.responses import (
     encode_json,
@@ -73,7 +73,8 @@ def public_app(
     """Everything on the public port. Without `keys` everybody may do everything."""
     config = config or Config()
     keys = keys or Keys()
-    intake = Intake(BodyMemory(config.bodies_held_bytes_max), config.body_bytes_max, config.body_read_ms)
+    memory = BodyMemory(config.bodies_held_bytes_max, tenants=len(keys.names))
+    intake = Intake(memory, config.body_bytes_max, config.body_read_ms)
     front = Front(edge=edge, keys=keys, intake=intake, clock_us=validator.clock_us, wall_s=wall_s)
     calls = _calls(front, validator)
     others = Guarded(
@@ -85,6 +86,7 @@ def public_app(
             *_probes(state),
         ),
         keys,
+        edge.refused,
     )
 
     def public(scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
@@ -112,12 +114,16 @@ def admin_app(
         reset_cache()
         return Response()
 
+    def own_mistake(error: TriptychError, label: str) -> None:
+        """An operator's, which is in nobody's statistics."""
+
     intake = Intake(BodyMemory(limits.BODIES_HELD_BYTES_MAX), limits.ABORT_BYTES_MAX, limits.BODY_READ_MS)
+    aborts = JsonCall(Keys(), intake, _abort(lambda id, _: abort(id)), own_mistake)
     return _application(
         Route("/admin/v1/workers", workers),
         Route("/metrics", expose),
         Route("/reset_prefix_cache", reset_prefix_cache, methods=["POST"]),
-        Route("/abort_requests", JsonCall(Keys(), intake, _abort(lambda id, _: abort(id))), methods=["POST"]),
+        Route("/abort_requests", aborts, methods=["POST"]),
         *_probes(state),
     )
 
@@ -127,18 +133,13 @@ def _calls(front: Front, validator: Validator) -> dict[str, ASGIApp]:
     async def chat(body: bytes, caller: Caller) -> list[ValidatedRequest]:
         return [await validator.chat(body, caller)]
 
-    async def tokenize(body: bytes, _: Tenant) -> dict[str, Any]:
-        return await validator.tokenize(body)
-
-    async def detokenize(body: bytes, _: Tenant) -> dict[str, Any]:
-        return await validator.detokenize(body)
-
+    refused = front.edge.refused
     return {
         COMPLETIONS: Generation(front, validator.completion),
         CHAT: Generation(front, chat),
-        "/tokenize": JsonCall(front.keys, front.intake, tokenize),
-        "/detokenize": JsonCall(front.keys, front.intake, detokenize),
-        "/abort_requests": JsonCall(front.keys, front.intake, _abort(front.edge.abort)),
+        "/tokenize": JsonCall(front.keys, front.intake, validator.tokenize, refused),
+        "/detokenize": JsonCall(front.keys, front.intake, validator.detokenize, refused),
+        "/abort_requests": JsonCall(front.keys, front.intake, _abort(front.edge.abort), refused),
     }
 
 
@@ -154,16 +155,19 @@ def _abort(abort: Callable[[str, Tenant], None]) -> Callable[[bytes, Tenant], Aw
 class Guarded:
     """An application that only those with a key reach, except for what is open. `scope["tenant"]` is who asks."""
 
-    def __init__(self, app: ASGIApp, keys: Keys) -> None:
+    def __init__(self, app: ASGIApp, keys: Keys, refused: Refused) -> None:
         self._app = app
         self._keys = keys
+        self._refused = refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = headers_read(scope["headers"])
         try:
             tenant = EVERYBODY if scope["path"] in OPEN else tenant_of(headers, self._keys)
         except Exception as raised:
-            await send_error(send, as_ours(raised), label_of(headers))
+            error, label = as_ours(raised), label_of(headers)
+            self._refused(error, label)
+            await send_error(send, error, label)
             return
         await self._app({**scope, "tenant": tenant}, receive, send)
 

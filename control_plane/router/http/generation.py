@@ -72,7 +72,8 @@ class Generation:
     async def _open(self, headers: Headers, tenant: Tenant, receive: Receive, departure: Departure) -> PromptStreams:
         caller = caller_untrusted(headers, tenant, self._front.clock_us())
         self._edge.check_room()
-        requests = await self._front.intake.take(receive, departure, lambda body: self._read_body(body, caller))
+        intake = self._front.intake
+        requests = await intake.take(receive, departure, tenant, lambda body: self._read_body(body, caller))
         return PromptStreams(self._edge.open_all(requests))
 
     async def _serve(self, streams: PromptStreams, send: Send) -> None:

@@ -1,4 +1,5 @@
-"""Taking a request's body in: bounded in bytes, in time, in what all of them hold, and over when the client leaves.
+"""Taking a request's body in: bounded in bytes, in time, and in what all bodies and those of one tenant hold; over when
+the client leaves.
 
 What does not belong here: what the bytes mean (`validation`), and answers (`generation`, `json_calls`).
 """
@@ -11,6 +12,7 @@ from typing import Self, TypeVar
 
 from starlette.types import Receive
 
+from control_plane.router.access.tenants import Tenant
 from control_plane.router.http.responses import BodyTooSlow
 from control_plane.router.validation.body import BodyMemory, HeldBody
 
@@ -84,9 +86,11 @@ class Intake:
         self._body_bytes_max = body_bytes_max
         self._body_read_ms = body_read_ms
 
-    async def take(self, receive: Receive, departure: Departure, work: Callable[[bytes], Awaitable[T]]) -> T:
+    async def take(
+        self, receive: Receive, departure: Departure, tenant: Tenant, work: Callable[[bytes], Awaitable[T]]
+    ) -> T:
         """What `work` makes of the whole body. Raises `ClientGone`, also while it works."""
-        with self._memory.hold(self._body_bytes_max) as body:
+        with self._memory.hold(self._body_bytes_max, tenant.name) as body:
             await self._read(receive, body)
             departure.watch()
             async with departure.interrupts():

@@ -18,17 +18,23 @@ from control_plane.router.http.headers import headers_read, label_of, tenant_of
 from control_plane.router.http.intake import ClientGone, Departure, Intake
 from control_plane.router.http.responses import json_response, send_error
 from engine.base import limits
-from engine.base.errors import InvalidArgument
+from engine.base.errors import InvalidArgument, TriptychError
 
 Work = Callable[[bytes, Tenant], Awaitable[Any]]
 """From a body to a value for JSON, or to None: then the answer has no body, as vLLM's have where nothing is asked."""
 
 
+Refused = Callable[[TriptychError, str], None]
+"""Told the error and the client's own id of the request."""
+
+
 class JsonCall:
     """One such call, from its first byte to its last."""
 
-    def __init__(self, keys: Keys, intake: Intake, work: Work) -> None:
+    def __init__(self, keys: Keys, intake: Intake, work: Work, refused: Refused) -> None:
+        """`refused` accounts for those that get no answer but an error."""
         self._keys = keys
+        self._refused = refused
         self._intake = intake
         self._work = work
 
@@ -38,11 +44,13 @@ class JsonCall:
         async with Departure(receive) as departure:
             try:
                 tenant = tenant_of(headers, self._keys)
-                value = await self._intake.take(receive, departure, lambda body: self._work(body, tenant))
+                value = await self._intake.take(receive, departure, tenant, lambda body: self._work(body, tenant))
             except ClientGone:
                 return
             except Exception as raised:
-                await send_error(send, as_ours(raised), label)
+                error = as_ours(raised)
+                self._refused(error, label)
+                await send_error(send, error, label)
                 return
             answer = Response() if value is None else json_response(value)
             if label:

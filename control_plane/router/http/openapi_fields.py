@@ -129,7 +129,7 @@ def _token_choices(card: ModelCard) -> dict[str, Schema]:
         "bad_words": array(word, sampling_fields.BAD_WORDS_MAX, "texts that are not produced"),
         "stop_token_ids": array(token_id(card), limits.STOP_TOKEN_IDS_MAX, "tokens that end the text"),
         "stop": either(
-            "texts that end the text",
+            f"texts that end the text; at most {limits.STOP_CHARACTERS_MAX} characters together",
             string("one of them", maxLength=limits.STOP_STRING_CHARACTERS_MAX),
             array(word, limits.STOP_STRINGS_MAX),
         ),

@@ -70,7 +70,8 @@ class HttpServer:
                 backlog=config.backlog,
                 timeout_graceful_shutdown=cast("int", config.stop_ms / 1000),
                 ssl_context_factory=None if tls is None else lambda *_: tls,
-            )
+            ),
+            config,
         )
 
     @property
@@ -100,13 +101,31 @@ class _Server(uvicorn.Server):
     """uvicorn without its own signal handling, for the process has one owner of signals, and without its looking ten
     times a second whether it should exit: waking an idle process costs more than some tokens do."""
 
-    def __init__(self, config: uvicorn.Config) -> None:
+    def __init__(self, config: uvicorn.Config, bounds: Config) -> None:
         super().__init__(config)
+        self._bounds = bounds
         self._leaving = asyncio.Event()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's for sockets that are open, with bounds on TLS, which comes before anything that connections
+        bound: asyncio would wait a minute for a client that never says hello."""
+        config, bounds, loop = self.config, self._bounds, asyncio.get_running_loop()
+        protocol = partial(
+            cast("Any", config.http_protocol_class), config=config, server_state=self.server_state, app_state={}
+        )
+        tls: dict[str, Any] = {}
+        if config.ssl is not None:
+            times_s = {"ssl_handshake_timeout": bounds.head_ms / 1000, "ssl_shutdown_timeout": bounds.linger_ms / 1000}
+            tls = {"ssl": config.ssl, **times_s}
+        self.servers = [
+            await loop.create_server(protocol, sock=listening, backlog=config.backlog, **tls)
+            for listening in sockets or ()
+        ]
+        self.started = True
 
     def leave(self, *, force: bool) -> None:
         self.should_exit = True

@@ -54,10 +54,11 @@ class ChatTemplate:
         source: str,
         special_tokens: Mapping[str, str] | None = None,
         config: Config | None = None,
-        clock_s: Callable[[], float] = time.monotonic,
+        clock_s: Callable[[], float] = time.thread_time,
     ) -> None:
-        """`special_tokens`: what templates know as `bos_token` and so on. Raises `InvalidArgument` for a template that
-        cannot be served: this is the operator's mistake, and he is there to read about it."""
+        """`special_tokens`: what templates know as `bos_token` and so on. `clock_s`: how long this thread has computed;
+        that others did too is no fault of a template's. Raises `InvalidArgument` for a template that cannot be served:
+        this is the operator's mistake, and he is there to read about it."""
         self.source = source
         self._variables = dict(special_tokens or {})
         self._config = config or Config()
@@ -110,11 +111,12 @@ class ChatTemplate:
         return {**message, "content": [{"type": "text", "text": message["content"]}]}
 
     def _try_out(self) -> None:
-        """One that never ends must not keep the process from saying so: its thread is left behind."""
+        """One that never ends must not keep the process from saying so: its thread is left behind, after a time by the
+        wall that is long enough for a loaded machine."""
         tried: list[bool] = []
         thread = threading.Thread(target=lambda: tried.append(self._is_usable()), name="chat-template", daemon=True)
         thread.start()
-        thread.join(3 * self._config.render_ms / 1000)
+        thread.join(10 * self._config.render_ms / 1000)
         if tried != [True]:
             raise _unusable("does not print a conversation of one user's message, or takes too long for it")
 

@@ -9,9 +9,9 @@ What does not belong here: encoding (`vocabulary`), rendering (`chat_template`).
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, groupby
 from typing import Final
 
 # Unicode keeps these for use inside a program; they are not characters, and no text needs one.
@@ -31,9 +31,9 @@ class SpecialToken:
     single_word: bool = False
 
     @property
-    def pattern(self) -> str:
-        name = re.escape(self.name)
-        return rf"(?<!\w){name}(?!\w)" if self.single_word else name
+    def end(self) -> str:
+        """The pattern of what must stand around the name, for behind the name."""
+        return rf"(?<!\w{re.escape(self.name)})(?!\w)" if self.single_word else ""
 
 
 class SpecialTokens:
@@ -41,27 +41,29 @@ class SpecialTokens:
 
     def __init__(self, tokens: Iterable[SpecialToken] = ()) -> None:
         self._tokens = {token.name: token for token in tokens if token.name}
-        longest_first = sorted(self._tokens.values(), key=lambda token: -len(token.name))
-        self._one = re.compile("|".join(token.pattern for token in longest_first) or "(?!)")
-        self._names = re.compile("|".join(re.escape(token.name) for token in longest_first) or "(?!)")
+        self._one = re.compile(_any_of({name: token.end for name, token in self._tokens.items()}))
+        self._first = re.compile(_first_of(self._tokens))
         cuts = [(name[:cut], name[cut:]) for name in self._tokens for cut in range(1, len(name))]
         self._beginnings = frozenset(beginning for beginning, _ in cuts)
         self._endings = frozenset(ending for _, ending in cuts)
         self._longest = max(map(len, self._tokens), default=0)
+        self._listed = "\0".join(self._tokens)
         self.ids: Final = frozenset(token.id for token in self._tokens.values())
 
     def touched_by(self, text: str) -> bool:
         """A name is in this text, or could be once other texts stand around it."""
-        return self._names.search(text) is not None or self._is_part(text)
+        return bool(self._tokens) and (self._first.search(text) is not None or self._is_part(text))
 
     def marked(self, text: str, mark: str) -> str:
-        """No name, whatever stands around it."""
-        broken = self._names.sub(lambda name: name[0][0] + mark + name[0][1:], text)
+        """No name, whatever stands around it: the mark follows each name's first character, inside other names too."""
+        pieces = self._first.split(text)
+        pieces[1::2] = [first + mark for first in pieces[1::2]]
+        broken = "".join(pieces)
         if not self._is_part(text):
             return broken
-        bare = broken.strip()
-        start = broken.index(bare)
-        before, after = broken[:start], broken[start + len(bare) :]
+        inner = broken.lstrip()
+        before, bare = broken[: len(broken) - len(inner)], inner.rstrip()
+        after = inner[len(bare) :]
         return before + mark + bare + mark + after  # white space stays outside, where a template finds it
 
     def count(self, text: str) -> int:
@@ -86,8 +88,45 @@ class SpecialTokens:
         return (
             any(bare[-length:] in self._beginnings for length in ends)
             or any(bare[:length] in self._endings for length in ends)
-            or (0 < len(bare) < self._longest and any(bare in name for name in self._tokens))
+            or (0 < len(bare) < self._longest and bare in self._listed)
         )
+
+
+# -- patterns ----------------------------------------------------------------------------------------------------------
+_NESTED_MAX: Final = 50  # groups inside groups; `re` itself gives up at some hundreds
+
+
+def _any_of(ends: Mapping[str, str], nested: int = 0) -> str:
+    """Any of these names, the longest that fits, each followed by its end. What names begin with in common stands there
+    once: models have hundreds of names such as <|reserved_special_token_7|>, and a text that repeats their beginning
+    must not be compared with every one of them at each place."""
+    if not ends:
+        return "(?!)"
+    if nested == _NESTED_MAX:
+        return "|".join(re.escape(name) + ends[name] for name in sorted(ends, key=len, reverse=True))
+    branches = []
+    for _, group in groupby(sorted(ends, reverse=True), key=lambda name: name[:1]):
+        names = list(group)
+        shared = _shared(names[0], names[-1])  # of sorted names: what all of them share
+        rests = {name[len(shared) :]: ends[name] for name in names}
+        inner = ends[shared] if len(names) == 1 else f"(?:{_any_of(rests, nested + 1)})"
+        branches.append(re.escape(shared) + inner)
+    return "|".join(branches)
+
+
+def _shared(one: str, other: str) -> str:
+    """What both begin with."""
+    length = next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    return one[:length]
+
+
+def _first_of(names: Iterable[str]) -> str:
+    """The first character of any of these names, followed by the rest of it."""
+    branches = []
+    for first, group in groupby(sorted(names), key=lambda name: name[0]):
+        rests = dict.fromkeys((name[1:] for name in group), "")
+        branches.append(f"{re.escape(first)}(?={_any_of(rests)})")
+    return f"({'|'.join(branches) or '(?!)'})"
 
 
 def _stripped(text: str, *, left: bool, right: bool) -> str:
@@ -96,6 +135,6 @@ def _stripped(text: str, *, left: bool, right: bool) -> str:
 
 
 def unused_mark(texts: Iterable[str]) -> str | None:
-    """A character that is in none of the texts; None: they hold all that would do."""
-    used = set().union(*(set(NONCHARACTERS).intersection(text) for text in texts))
-    return next((mark for mark in NONCHARACTERS if mark not in used), None)
+    """A character that is in none of the texts; None: they hold all that would do. Nearly always the first is free."""
+    texts = list(texts)
+    return next((mark for mark in NONCHARACTERS if not any(mark in text for text in texts)), None)

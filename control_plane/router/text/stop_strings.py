@@ -3,7 +3,7 @@
     text so far   ...certain, sent ... | held: the longest end that begins some stop string
                                                      (never sent before it is known that none follows)
 
-One automaton per request (Aho and Corasick, "Efficient string matching", CACM 1975), one cursor per choice. The
+One automaton per client's call (Aho and Corasick, "Efficient string matching", CACM 1975), one cursor per choice. The
 automaton's state *is* the held text: its depth is how much must be held back, and a step costs amortised constant time
 per character, however long and many the strings are.
 
@@ -13,54 +13,89 @@ depend on how the text was cut into tokens, messages or chunks.
 What does not belong here: tokens, and what happens to a choice that was stopped (`choice`).
 """
 
-from collections import deque
 from collections.abc import Sequence
+from typing import Final
+
+_END: Final = "\ud800"  # no character: half of one in UTF-16, which no text holds
 
 
 class StopStrings:
-    """The automaton of a set of strings: immutable, shared by the choices of a request. Node 0 is the empty text."""
+    """The automaton of a set of strings: immutable, shared by all choices of a client's call. Node 0 is the empty text.
 
-    __slots__ = ("held", "matches", "next_nodes", "suffixes")
+    A call may bring thousands of characters, so a node is a place in four lists and no object of its own: a string's
+    nodes lie one behind the other, and only where a string leaves an earlier one an edge has to be written down.
+    """
+
+    __slots__ = ("_branches", "_onwards", "held", "matches", "suffixes")
 
     def __init__(self, strings: Sequence[str]) -> None:
-        self.next_nodes: list[dict[str, int]] = [{}]
+        self._onwards = _END  # of each node: the character by which it goes on to the node behind it
+        self._branches: dict[int, dict[str, int]] = {}  # all other edges: fewer than there are strings
         self.suffixes = [0]  # the node of the longest proper suffix that is a node
         self.matches: list[str | None] = [None]  # the longest of the strings that the node's text ends with
         self.held = [0]  # how many of the node's last characters some string may still grow from
-        depths = [0]
         for string in strings:
-            self._add(string, depths)
-        self._link(depths)
+            self._add(string)
+        self._link()
 
-    def _add(self, string: str, depths: list[int]) -> None:
-        node = 0
-        for character in string:
-            child = self.next_nodes[node].setdefault(character, len(self.next_nodes))
-            if child == len(self.next_nodes):
-                self.next_nodes.append({})
-                self.suffixes.append(0)
-                self.matches.append(None)
-                self.held.append(0)
-                depths.append(depths[node] + 1)
-            node = child
+    def __len__(self) -> int:
+        return len(self._onwards)
+
+    def step(self, node: int, character: str) -> int:
+        while True:
+            if self._onwards[node] == character:
+                return node + 1
+            if node in self._branches and character in self._branches[node]:
+                return self._branches[node][character]
+            if node == 0:
+                return 0
+            node = self.suffixes[node]
+
+    def _add(self, string: str) -> None:
+        node, depth = self._beginning(string)
+        rest = string[depth:]
+        if rest:
+            self._open_edge(node, rest[0])
+            self._onwards += rest[1:] + _END
+            self.suffixes += [0] * len(rest)
+            self.matches += [None] * len(rest)
+            self.held += range(depth + 1, len(string) + 1)  # all of its text; where it ends, `_link` knows better
+            node = len(self) - 1
         self.matches[node] = string
 
-    def _link(self, depths: list[int]) -> None:
+    def _beginning(self, string: str) -> tuple[int, int]:
+        """The node of the longest beginning that is there already, and how long that is."""
+        node = 0
+        for depth, character in enumerate(string):
+            child = node + 1 if self._onwards[node] == character else self._branches.get(node, {}).get(character)
+            if child is None:
+                return node, depth
+            node = child
+        return node, len(string)
+
+    def _open_edge(self, node: int, character: str) -> None:
+        """To the node that is made next."""
+        if node == len(self) - 1:
+            self._onwards = self._onwards[:-1] + character
+        else:
+            self._branches.setdefault(node, {})[character] = len(self)
+
+    def _link(self) -> None:
         """Breadth first: a node's suffix is shorter than the node, so everything about it is known already."""
-        queue = deque(self.next_nodes[0].values())
-        while queue:
-            node = queue.popleft()
-            suffix = self.suffixes[node]
+        queue = [child for _, child in self._children(0)]
+        for node in queue:
+            suffix, children = self.suffixes[node], self._children(node)
             self.matches[node] = self.matches[node] or self.matches[suffix]
-            self.held[node] = depths[node] if self.next_nodes[node] else self.held[suffix]
-            for character, child in self.next_nodes[node].items():
+            if not children:
+                self.held[node] = self.held[suffix]
+            for character, child in children:
                 self.suffixes[child] = self.step(suffix, character)
                 queue.append(child)
 
-    def step(self, node: int, character: str) -> int:
-        while node and character not in self.next_nodes[node]:
-            node = self.suffixes[node]
-        return self.next_nodes[node].get(character, 0)
+    def _children(self, node: int) -> list[tuple[str, int]]:
+        character = self._onwards[node]
+        children = [] if character == _END else [(character, node + 1)]
+        return [*children, *self._branches[node].items()] if node in self._branches else children
 
 
 class StopMatcher:

@@ -55,7 +55,10 @@ def _stop(fields: Fields) -> tuple[str, ...]:
     stop = fields.get("stop")
     if isinstance(stop, str):
         fields = {"stop": [stop] if stop else None}
-    return strings(fields, "stop", limits.STOP_STRINGS_MAX, limits.STOP_STRING_CHARACTERS_MAX)
+    stops = strings(fields, "stop", limits.STOP_STRINGS_MAX, limits.STOP_STRING_CHARACTERS_MAX)
+    if sum(map(len, stops)) > limits.STOP_CHARACTERS_MAX:
+        raise refuse("stop", f"at most {limits.STOP_CHARACTERS_MAX} characters together")
+    return stops
 
 
 def _cache_salt(fields: Fields) -> str:

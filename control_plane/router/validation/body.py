@@ -2,8 +2,9 @@
 
 JSON turns a few bytes into many objects: four megabytes of `[],` are a million lists and half a second of the event
 loop. So a body is first only measured (its values stay undecoded), and what is decoded is small: everything beside the
-prompt together. What may be large (prompts, messages, ids to decode) is decoded only in a shape that is served, of
-which no more than the first so many items are ever made.
+prompt together. What may be large (prompts, messages, ids to decode) stays as it is until somebody asks for it, when
+all else has been checked. It is decoded only in a shape that is served, of which no more than the first so many items
+are ever made.
 
 What does not belong here: what the fields mean (`validation`), and HTTP (`http`).
 """
@@ -12,10 +13,11 @@ import re
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, NotRequired, Self, TypedDict
 
 import msgspec
 
+from control_plane.router.shares import Shares
 from engine.base import limits
 from engine.base.errors import FrameError, InvalidArgument, ResourceExhausted
 
@@ -44,29 +46,37 @@ class BodyTooLarge(InvalidArgument):
 # -- memory ------------------------------------------------------------------------------------------------------------
 class BodyMemory:
     """Counts the bytes of all bodies that are being read or checked. Admission of requests comes later, and too late
-    for memory: a thousand clients may each send megabytes before the first of them is a request."""
+    for memory: a thousand clients may each send megabytes before the first of them is a request. Of all bytes a tenant
+    has a share."""
 
-    def __init__(self, bytes_max: int) -> None:
-        self._bytes_max = bytes_max
-        self.held_bytes = 0
+    def __init__(self, bytes_max: int, *, tenants: int = 1) -> None:
+        self._shares = Shares(bytes_max, tenants=tenants)
 
-    def hold(self, body_bytes_max: int) -> "HeldBody":
-        return HeldBody(self, body_bytes_max)
+    @property
+    def held_bytes(self) -> int:
+        return self._shares.total
 
-    def take(self, size_bytes: int) -> None:
-        if self.held_bytes + size_bytes > self._bytes_max:
+    def hold(self, body_bytes_max: int, tenant: str = "") -> "HeldBody":
+        return HeldBody(self, body_bytes_max, tenant)
+
+    def take(self, tenant: str, size_bytes: int) -> None:
+        if not (self._shares.fits(size_bytes) and self._shares.allows(tenant, size_bytes)):
             raise ResourceExhausted("too many request bodies at once", retry_after_ms=limits.RETRY_AFTER_MS)
-        self.held_bytes += size_bytes
+        self._shares.take(tenant, size_bytes)
+
+    def give(self, tenant: str, size_bytes: int) -> None:
+        self._shares.give(tenant, size_bytes)
 
 
 class HeldBody:
     """One body as it arrives, by its own bytes: a length header is a claim. Leaving the block gives them back."""
 
-    __slots__ = ("_bytes_max", "_memory", "_parts", "size_bytes")
+    __slots__ = ("_bytes_max", "_memory", "_parts", "_tenant", "size_bytes")
 
-    def __init__(self, memory: BodyMemory, bytes_max: int) -> None:
+    def __init__(self, memory: BodyMemory, bytes_max: int, tenant: str) -> None:
         self._memory = memory
         self._bytes_max = bytes_max
+        self._tenant = tenant
         self._parts: list[bytes] = []
         self.size_bytes = 0
 
@@ -76,13 +86,13 @@ class HeldBody:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._memory.held_bytes -= self.size_bytes
+        self._memory.give(self._tenant, self.size_bytes)
         self._parts, self.size_bytes = [], 0
 
     def append(self, part: bytes) -> None:
         if self.size_bytes + len(part) > self._bytes_max:
             raise BodyTooLarge(f"body: at most {self._bytes_max} bytes", field="body")
-        self._memory.take(len(part))
+        self._memory.take(self._tenant, len(part))
         self.size_bytes += len(part)
         self._parts.append(part)
 
@@ -101,14 +111,43 @@ class BodyShape:
     large: Set[str]
 
 
+@dataclass(frozen=True, slots=True)
+class Undecoded:
+    """A large value of which nothing is known but where it ends."""
+
+    name: str
+    raw: msgspec.Raw
+
+    def decode_untrusted(self) -> Any:
+        return LARGE[self.name](bytes(self.raw))
+
+
 def decode_body_untrusted(body: bytes, shape: BodyShape) -> dict[str, Any]:
-    """The known fields as values. An unknown one has its name and None: nobody looks at what it holds."""
+    """The known fields as values, the large ones as `Undecoded` values (for `large_value`) unless they are null.
+    An unknown field has its name and None: nobody looks at what it holds."""
     raw_fields = _raw_fields_untrusted(body, shape.large)
     fields: dict[str, Any] = dict.fromkeys(raw_fields)
     for name in raw_fields.keys() & shape.known:
-        decode = LARGE[name] if name in shape.large else _decode_untrusted
-        fields[name] = decode(bytes(raw_fields[name]))
+        raw = raw_fields[name]
+        if name not in shape.large:
+            fields[name] = _decode_untrusted(raw)
+        elif raw != _NULL:
+            fields[name] = Undecoded(name, raw)
     return fields
+
+
+def large_value(fields: Mapping[str, Any], name: str) -> Any:
+    """A field that may be large, from a body or from elsewhere. Worth asking for last."""
+    value = fields.get(name)
+    try:
+        return value.decode_untrusted() if isinstance(value, Undecoded) else value
+    except FrameError as error:
+        raise refusal(error) from None
+
+
+def refusal(error: FrameError) -> InvalidArgument:
+    message = ERRORS[error.reason]
+    return InvalidArgument(message, field=message.partition(":")[0])
 
 
 class _LargeOnly(msgspec.Struct):
@@ -119,6 +158,9 @@ class _LargeOnly(msgspec.Struct):
     tokens: msgspec.Raw = msgspec.Raw()
 
 
+_DENSE_BYTES: Final = 64  # for each one to find: a call of `find` takes longer than counting in so many bytes
+# A conversation has that many: role, content, type and text. As many names take half a millisecond.
+_COLONS_FEW: Final = 4 * limits.MESSAGES_MAX + limits.BODY_FIELDS_MAX
 _ANYTHING: Final = msgspec.json.Decoder()
 _LARGE_ONLY: Final = msgspec.json.Decoder(_LargeOnly)
 _FIELDS: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
@@ -127,19 +169,34 @@ _IDS: Final = msgspec.json.Decoder(list[int])
 
 
 def _raw_fields_untrusted(body: bytes, large: Set[str]) -> dict[str, msgspec.Raw]:
-    """Names and undecoded values. Names are objects too, so their number is bounded before any is made."""
-    if len(body) > limits.BODY_BESIDE_PROMPT_BYTES_MAX:
-        measured = msgspec.structs.asdict(_decode_untrusted(body, _LARGE_ONLY, "json_not_object"))
-        large_bytes = sum(memoryview(measured[name]).nbytes for name in large)
-        if len(body) - large_bytes > limits.BODY_BESIDE_PROMPT_BYTES_MAX:
-            raise FrameError("json_beside_prompt")
+    """Names and undecoded values. Names are objects too: where there may be many, the body is measured before any is
+    made. Each has its colon, so most large bodies (one text, many ids) are walked over only once."""
+    if len(body) > limits.BODY_BESIDE_PROMPT_BYTES_MAX and _more_than(_COLONS_FEW, b":", body):
+        _check_beside(body, msgspec.structs.asdict(_decode_untrusted(body, _LARGE_ONLY, "json_not_object")), large)
     fields: dict[str, msgspec.Raw] = _decode_untrusted(body, _FIELDS, "json_not_object")
+    _check_beside(body, fields, large)
     if len(fields) > limits.BODY_FIELDS_MAX:
         raise FrameError("json_fields")
     return fields
 
 
-def _decode_untrusted(raw: bytes, decoder: "msgspec.json.Decoder[Any]" = _ANYTHING, misfit: str = "json_syntax") -> Any:
+def _check_beside(body: bytes, values: Mapping[str, msgspec.Raw], large: Set[str]) -> None:
+    large_bytes = sum(memoryview(values[name]).nbytes for name in large & values.keys())
+    if len(body) - large_bytes > limits.BODY_BESIDE_PROMPT_BYTES_MAX:
+        raise FrameError("json_beside_prompt")
+
+
+def _more_than(count: int, sought: bytes, text: bytes) -> bool:
+    """Of a long text it looks at no more than it must, several times faster than `bytes.count` if there is little."""
+    if len(text) < _DENSE_BYTES * count:
+        return text.count(sought) > count
+    at = -1
+    return all((at := text.find(sought, at + 1)) >= 0 for _ in range(count + 1))
+
+
+def _decode_untrusted(
+    raw: bytes | msgspec.Raw, decoder: "msgspec.json.Decoder[Any]" = _ANYTHING, misfit: str = "json_syntax"
+) -> Any:
     """Depth is bounded by the decoder's own recursion check. `misfit`: the reason when it is JSON of another type."""
     try:
         return decoder.decode(raw)
@@ -169,14 +226,13 @@ def _items_untrusted(raw: bytes, first: "msgspec.json.Decoder[Any]", misfit: str
 
 # -- prompts and lists of ids ------------------------------------------------------------------------------------------
 _LIST_OF: Final = re.compile(rb'\[[ \t\r\n]*(["\[]?)')
+_STRIDE_BYTES: Final = 64 << 10
 _TEXTS: Final = _first(limits.PROMPTS_MAX + 1, str)
 _LISTS_OF_IDS: Final = _first(limits.PROMPTS_MAX + 1, list[int])
 
 
-def _decode_prompt_untrusted(raw: bytes) -> str | list[Any] | None:
+def _decode_prompt_untrusted(raw: bytes) -> str | list[Any]:
     """A text, ids, a list of texts, or a list of lists of ids: OpenAI's four."""
-    if raw == b"null":
-        return None
     if raw.startswith(b'"'):
         return str(_decode_untrusted(raw, _TEXT))
     opening = _LIST_OF.match(raw)
@@ -190,81 +246,69 @@ def _decode_prompt_untrusted(raw: bytes) -> str | list[Any] | None:
     return list(_decode_untrusted(raw, _IDS, "prompt_shape"))
 
 
-def _decode_tokens_untrusted(raw: bytes) -> list[int] | None:
-    if raw == b"null":
-        return None
+def _decode_tokens_untrusted(raw: bytes) -> list[int]:
     _check_id_count(raw, "tokens_count")
     return list(_decode_untrusted(raw, _IDS, "tokens_shape"))
 
 
 def _check_id_count(raw: bytes, reason: str) -> None:
-    """Ids hold no commas: as many ids, one more."""
-    if raw.count(b",") >= limits.PROMPT_TOKENS_MAX:
-        raise FrameError(reason)
+    """Ids hold no commas: as many ids, one more. Too many are found near the beginning."""
+    commas = 0
+    for start in range(0, len(raw), _STRIDE_BYTES):
+        commas += raw.count(b",", start, start + _STRIDE_BYTES)
+        if commas >= limits.PROMPT_TOKENS_MAX:
+            raise FrameError(reason)
 
 
 # -- messages ----------------------------------------------------------------------------------------------------------
-class _Part(msgspec.Struct):
+class _Part(TypedDict):
     type: str
-    text: str | None = None
+    text: NotRequired[str | None]
 
 
-class _Message(msgspec.Struct):
+class _Message(TypedDict):
     role: str
-    content: msgspec.Raw = msgspec.Raw()
-    name: str | None = None
-    tool_call_id: str | None = None
-    tool_calls: msgspec.Raw = msgspec.Raw()
+    content: NotRequired[msgspec.Raw]
+    name: NotRequired[str | None]
+    tool_call_id: NotRequired[str | None]
+    tool_calls: NotRequired[msgspec.Raw]
 
+
+Content = str | list[str | _Part] | None
 
 _MESSAGES: Final = _first(limits.MESSAGES_MAX + 1, _Message)
-_PARTS: Final = _first(limits.MESSAGE_PARTS_MAX + 1, str | _Part)
-_FEW_PARTS: Final = msgspec.json.Decoder(list[str | _Part])
+_CONTENTS: Final = msgspec.json.Decoder(list[Content])
+_PARTS: Final = _first(limits.MESSAGE_PARTS_MAX + 1, msgspec.Raw)
+_QUOTES_FEW: Final = 4 * limits.MESSAGE_PARTS_MAX  # every part has two at least
+_TOGETHER: Final = 32  # contents in one call of the decoder: each of 1,024 calls would cost as much as its content
 
 
-def _decode_messages_untrusted(raw: bytes) -> list[dict[str, Any]] | None:
-    if raw == b"null":
-        return None
+def _decode_messages_untrusted(raw: bytes) -> list[dict[str, Any]]:
     messages = _items_untrusted(raw, _MESSAGES, "messages_shape", "messages_count")
-    parts_left = limits.MESSAGES_MAX
-    decoded = []
-    for message in messages:
-        content = _content_untrusted(bytes(message.content))
-        parts_left -= len(content) if isinstance(content, list) else 0
-        if parts_left < 0:
+    parts = 0
+    for start in range(0, len(messages), _TOGETHER):
+        some = messages[start : start + _TOGETHER]
+        contents = _contents_untrusted([bytes(message.get("content", _NULL)) for message in some])
+        lengths = [len(content) for content in contents if isinstance(content, list)]
+        parts += sum(lengths)
+        if parts > limits.MESSAGES_MAX or max(lengths, default=0) > limits.MESSAGE_PARTS_MAX:
             raise FrameError("parts_count")
-        decoded.append(_as_dict(message, content))
-    return decoded
+        for message, content in zip(some, contents, strict=True):
+            message["content"] = content
+            if "tool_calls" in message:  # what they hold is not looked at: that there are some is enough
+                message["tool_calls"] = _NO_CALLS.fullmatch(bytes(message["tool_calls"])) is None
+    return messages
 
 
-def _content_untrusted(raw: bytes) -> str | list[Any] | None:
-    if raw in (b"", b"null"):
-        return None
-    if not raw.startswith(b"["):
-        return str(_decode_untrusted(raw, _TEXT, "messages_shape"))
-    parts = _parts_untrusted(raw)
-    return [part if isinstance(part, str) else {"type": part.type, "text": part.text} for part in parts]
+def _contents_untrusted(raws: list[bytes]) -> list[Content]:
+    for raw in raws:
+        if len(raw) > _QUOTES_FEW and raw.startswith(b"[") and _more_than(_QUOTES_FEW, b'"', raw):
+            _items_untrusted(raw, _PARTS, "messages_shape", "parts_count")  # it may be a list of a million
+    return list(_decode_untrusted(b"[%s]" % b",".join(raws), _CONTENTS, "messages_shape"))
 
 
-def _parts_untrusted(raw: bytes) -> list[str | _Part]:
-    """The shortest part is an empty string: three bytes, with its comma."""
-    if len(raw) <= 3 * limits.MESSAGE_PARTS_MAX:  # a plain list is five times cheaper to make
-        return list(_decode_untrusted(raw, _FEW_PARTS, "messages_shape"))
-    return _items_untrusted(raw, _PARTS, "messages_shape", "parts_count")
-
-
-def _as_dict(message: _Message, content: str | list[Any] | None) -> dict[str, Any]:
-    """What tool calls hold is not looked at: that there are some is enough."""
-    return {
-        "role": message.role,
-        "content": content,
-        "name": message.name,
-        "tool_call_id": message.tool_call_id,
-        "tool_calls": None if _NO_CALLS.fullmatch(bytes(message.tool_calls)) else True,
-    }
-
-
-_NO_CALLS: Final = re.compile(rb"(null|\[[ \t\r\n]*\])?")
+_NULL: Final = msgspec.Raw(b"null")
+_NO_CALLS: Final = re.compile(rb"null|\[[ \t\r\n]*\]")
 
 LARGE: Final[Mapping[str, Callable[[bytes], Any]]] = {
     "prompt": _decode_prompt_untrusted,

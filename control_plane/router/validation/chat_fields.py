@@ -71,7 +71,9 @@ class Conversation:
 
     @property
     def characters(self) -> int:
-        return sum(len(text) for message in self.messages for text in message.values())
+        """Of all that a template may print."""
+        variables = sum(len(value) for value in self.variables.values() if isinstance(value, str))
+        return variables + sum(len(text) for message in self.messages for text in message.values())
 
     def echo_text(self) -> str | None:
         """The last message, where the answer goes on in its role; as vLLM has it, nothing otherwise."""
@@ -81,17 +83,21 @@ class Conversation:
 
 
 def read_conversation(fields: Fields) -> Conversation:
-    messages = _messages(fields.get("messages"))
+    settings = read_settings(fields)
+    return Conversation(messages=_messages(bodies.large_value(fields, "messages")), **settings)
+
+
+def read_settings(fields: Fields) -> dict[str, Any]:
+    """What a `Conversation` says beside its messages."""
     continued = boolean(fields, "continue_final_message")
     prompted = boolean(fields, "add_generation_prompt", not continued)
     if continued and prompted:
         raise refuse("continue_final_message", "and add_generation_prompt cannot both be true")
-    return Conversation(
-        messages=messages,
-        add_generation_prompt=prompted,
-        continue_final_message=continued,
-        variables=_variables(fields),
-    )
+    return {
+        "add_generation_prompt": prompted,
+        "continue_final_message": continued,
+        "variables": _variables(fields),
+    }
 
 
 def in_completions_words(fields: Fields) -> Fields:
@@ -117,54 +123,65 @@ def _logprobs(fields: Fields) -> int | None:
 def _messages(value: Any) -> list[Mapping[str, str]]:
     if value is None:
         raise refuse("messages", "required")
-    if not isinstance(value, list) or not all(isinstance(message, Mapping) for message in value):
+    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         raise InvalidArgument(bodies.ERRORS["messages_shape"], field="messages")
     if not 1 <= len(value) <= limits.MESSAGES_MAX:
         raise refuse("messages", f"must hold 1 to {limits.MESSAGES_MAX} messages")
-    messages = [_message(message, f"messages[{index}]") for index, message in enumerate(value)]
+    messages: list[Mapping[str, str]] = []
+    for message in value:
+        try:
+            messages.append(_message(message))
+        except InvalidArgument as error:
+            place = f"messages[{len(messages)}]"
+            raise InvalidArgument(place + error.message, field=f"{place}{error.field}") from None
     if sum(len(message["content"]) for message in messages) > limits.CHAT_CHARACTERS_MAX:
         raise refuse("messages", f"at most {limits.CHAT_CHARACTERS_MAX} characters together")
     return messages
 
 
-def _message(message: Mapping[str, Any], where: str) -> Mapping[str, str]:
+def _message(message: Mapping[str, Any]) -> Mapping[str, str]:
+    """Says `.role` of what is wrong with the role: of a thousand messages no more than one needs its whole name."""
     role = message.get("role")
     if role not in ROLES:
-        raise refuse(f"{where}.role", f"must be one of: {', '.join(ROLES)}")
+        raise refuse(".role", f"must be one of: {', '.join(ROLES)}")
     if message.get("tool_calls"):
-        raise refuse(f"{where}.tool_calls", "tools are not served")
-    checked = {"role": role, "content": _content(message.get("content"), role, f"{where}.content")}
+        raise refuse(".tool_calls", "tools are not served")
+    checked = {"role": role, "content": _content(message.get("content"), role)}
     for name in ("name", "tool_call_id"):
-        if (
-            value := optional_string(message, name, limits.MESSAGE_NAME_CHARACTERS_MAX, prefix=f"{where}.")
-        ) is not None:
-            checked[name] = value
+        if message.get(name) is not None:
+            checked[name] = optional_string(message, name, limits.MESSAGE_NAME_CHARACTERS_MAX, prefix=".")
     return checked
 
 
-def _content(content: Any, role: str, where: str) -> str:
+def _content(content: Any, role: str) -> str:
     """An assistant's may be absent: OpenAI's own answers say null beside tool calls."""
     if isinstance(content, str):
         return content
     if content is None and role == "assistant":
         return ""
     if not isinstance(content, list):
-        raise refuse(where, "must be a string or a list of parts")
+        raise refuse(".content", "must be a string or a list of parts")
     if len(content) > limits.MESSAGE_PARTS_MAX:
-        raise refuse(where, f"at most {limits.MESSAGE_PARTS_MAX} parts")
-    return "\n".join([_part(part, f"{where}[{index}]") for index, part in enumerate(content)])
+        raise refuse(".content", f"at most {limits.MESSAGE_PARTS_MAX} parts")
+    texts = [part if isinstance(part, str) else _text(part) for part in content]  # a bare string: vLLM's shorthand
+    try:
+        return "\n".join(texts)
+    except TypeError:
+        position = next(position for position, text in enumerate(texts) if not isinstance(text, str))
+        raise _part_refused(content[position], f".content[{position}]") from None
 
 
-def _part(part: Any, where: str) -> str:
-    if isinstance(part, str):  # vLLM's shorthand
-        return part
-    kind = part.get("type") if isinstance(part, Mapping) else None
+def _text(part: Any) -> Any:
+    """A string, if it is a part that is served."""
+    return part.get("text") if isinstance(part, dict) and part.get("type") in TEXT_PARTS else None
+
+
+def _part_refused(part: Any, where: str) -> InvalidArgument:
+    kind = part.get("type") if isinstance(part, dict) else None
     if kind not in TEXT_PARTS:
         shown = f"{kind} parts are" if kind in OTHER_PARTS else "this type of part is"
-        raise refuse(where, f"{shown} not served; accepted types: {', '.join(TEXT_PARTS)}")
-    if not isinstance(text := part.get("text"), str):
-        raise refuse(f"{where}.text", "must be a string")
-    return text
+        return refuse(where, f"{shown} not served; accepted types: {', '.join(TEXT_PARTS)}")
+    return refuse(f"{where}.text", "must be a string")
 
 
 # -- variables of the template -----------------------------------------------------------------------------------------

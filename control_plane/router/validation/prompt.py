@@ -19,6 +19,7 @@ from engine.base import limits
 from engine.base.errors import InvalidArgument
 
 CHARACTERS_PER_TOKEN: Final = 4  # about, in English: what decoding costs beside encoding
+CHARACTERS_PER_TEXT: Final = 48  # 10 us: what one text costs beside its length; more than most words of a list
 CHARACTERS_PER_MESSAGE: Final = 128  # rendering one message takes as long as encoding about so much text
 
 Source = str | list[Any]
@@ -54,7 +55,7 @@ class PromptFields:
 
 def read_sources(fields: Fields) -> list[Source]:
     """One or several: a list holds ids where it does not hold texts or lists."""
-    prompt = fields.get("prompt")
+    prompt = bodies.large_value(fields, "prompt")
     if prompt is None:
         raise refuse("prompt", "required")
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
@@ -65,7 +66,14 @@ def read_sources(fields: Fields) -> list[Source]:
         sources = [prompt]
     if not isinstance(sources[0], str | list) or any(type(source) is not type(sources[0]) for source in sources):
         raise InvalidArgument(bodies.ERRORS["prompt_shape"], field="prompt")
+    if any(isinstance(source, list) and len(source) > limits.PROMPT_TOKENS_MAX for source in sources):
+        raise InvalidArgument(bodies.ERRORS["prompt_tokens"], field="prompt")
     return sources
+
+
+def weight(texts: Sequence[str]) -> int:
+    """What encoding them costs, in characters of one long text."""
+    return sum(map(len, texts)) + CHARACTERS_PER_TEXT * max(0, len(texts) - 1)
 
 
 def _keep_tokens(fields: Fields) -> int | None:
@@ -77,25 +85,31 @@ def _keep_tokens(fields: Fields) -> int | None:
 
 class PromptEncoder:
     def __init__(
-        self, card: ModelCard, vocabulary: Vocabulary, *, inline_characters_max: int, waiting_max: int
+        self,
+        card: ModelCard,
+        vocabulary: Vocabulary,
+        *,
+        inline_characters_max: int,
+        waiting_max: int,
+        tenants: int = 1,
     ) -> None:
         self._card = card
         self._vocabulary = vocabulary
         self._inline_characters_max = inline_characters_max
-        self._thread = SideThread("encode", waiting_max=waiting_max, what="long prompts")
+        self._thread = SideThread("encode", waiting_max=waiting_max, what="long prompts", tenants=tenants)
         self._tokens_max = min(limits.PROMPT_TOKENS_MAX, card.max_model_len - 1)
 
     def close(self) -> None:
         self._thread.close()
 
-    async def run(self, work: Callable[[], Result], *, characters: int, wait_ms: int) -> Result:
+    async def run(self, work: Callable[[], Result], *, characters: int, wait_ms: int, tenant: str) -> Result:
         """Here and now if it is about so little text, else on the thread."""
         if characters <= self._inline_characters_max:
             return work()
-        return await self._thread.run(work, wait_ms=wait_ms)
+        return await self._thread.run(work, wait_ms=wait_ms, tenant=tenant)
 
     async def encode(
-        self, sources: Sequence[Source], fields: PromptFields, *, output_tokens: int, wait_ms: int
+        self, sources: Sequence[Source], fields: PromptFields, *, output_tokens: int, wait_ms: int, tenant: str
     ) -> list[Prompt]:
         """All of them are one piece of work: a body of many short prompts costs what one long prompt costs."""
         texts = [source for source in sources if isinstance(source, str)]
@@ -107,14 +121,14 @@ class PromptEncoder:
 
         wholes: list[list[Any]] = [source for source in sources if isinstance(source, list)]
         if texts:
-            wholes = await self.run(encode, characters=sum(map(len, texts)), wait_ms=wait_ms)
+            wholes = await self.run(encode, characters=weight(texts), wait_ms=wait_ms, tenant=tenant)
         ids = [self._cut(whole, fields, output_tokens, "prompt") for whole in wholes]
         if sum(map(len, ids)) > limits.PROMPT_TOKENS_MAX:
             raise refuse("prompt", f"at most {limits.PROMPT_TOKENS_MAX} tokens in all prompts together")
         if not fields.echo:
             return [Prompt(tuple(kept), None) for kept in ids]
         uncut = [len(kept) == len(whole) for kept, whole in zip(ids, wholes, strict=True)]
-        echoes = await self._echoes(sources, ids, uncut, fields, wait_ms)
+        echoes = await self._echoes(sources, ids, uncut, fields, wait_ms, tenant)
         return [Prompt(tuple(kept), echo) for kept, echo in zip(ids, echoes, strict=True)]
 
     async def encode_chat(
@@ -125,6 +139,7 @@ class PromptEncoder:
         *,
         output_tokens: int,
         wait_ms: int,
+        tenant: str,
     ) -> Prompt:
         whole = await self.chat_ids(
             conversation,
@@ -132,6 +147,7 @@ class PromptEncoder:
             add_special_tokens=fields.add_special_tokens,
             check=lambda characters: self._check_characters(characters, fields, "messages"),
             wait_ms=wait_ms,
+            tenant=tenant,
         )
         ids = self._cut(whole, fields, output_tokens, "messages")
         return Prompt(tuple(ids), conversation.echo_text() if fields.echo else None)
@@ -144,6 +160,7 @@ class PromptEncoder:
         add_special_tokens: bool,
         check: Callable[[int], None],
         wait_ms: int,
+        tenant: str,
     ) -> list[int]:
         """`check` is told how long the rendered text is, and raises if that is too long."""
 
@@ -154,8 +171,8 @@ class PromptEncoder:
                 rendered.text, mark=rendered.mark, add_special_tokens=add_special_tokens
             )
 
-        weight = conversation.characters + CHARACTERS_PER_MESSAGE * len(conversation.messages)
-        return await self.run(encode, characters=weight, wait_ms=wait_ms)
+        characters = conversation.characters + CHARACTERS_PER_MESSAGE * len(conversation.messages)
+        return await self.run(encode, characters=characters, wait_ms=wait_ms, tenant=tenant)
 
     def _cut(self, whole: list[Any], fields: PromptFields, output_tokens: int, field: str) -> list[int]:
         if not whole:
@@ -172,7 +189,13 @@ class PromptEncoder:
         return max(1, min(self._tokens_max, self._card.max_model_len - output_tokens))
 
     async def _echoes(
-        self, sources: Sequence[Source], ids: list[list[int]], uncut: list[bool], fields: PromptFields, wait_ms: int
+        self,
+        sources: Sequence[Source],
+        ids: list[list[int]],
+        uncut: list[bool],
+        fields: PromptFields,
+        wait_ms: int,
+        tenant: str,
     ) -> list[str]:
         """The client's own text where it was used whole; else what the ids say."""
 
@@ -188,6 +211,7 @@ class PromptEncoder:
             lambda: list(map(text_of, sources, ids, uncut)),
             characters=CHARACTERS_PER_TOKEN * sum(map(len, ids)),
             wait_ms=wait_ms,
+            tenant=tenant,
         )
 
     def _check_characters(self, characters: int, fields: PromptFields, field: str = "prompt") -> None:

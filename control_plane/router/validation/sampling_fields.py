@@ -4,6 +4,7 @@ What does not belong here: `max_tokens` and `seed` (each prompt has its own, see
 (`constraint_fields`), stop strings (they are the router's own business).
 """
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 from control_plane.router.text.vocabulary import Vocabulary
@@ -25,8 +26,8 @@ LOGIT_BIAS_ABS_MAX: Final = 100.0
 BAD_WORDS_MAX: Final = limits.BAD_WORDS_MAX // 2  # each may be spelled in two ways
 
 
-def read_sampling(fields: Fields, *, vocabulary: Vocabulary, vocab_size: int) -> dict[str, Any]:
-    """Keyword arguments of `SamplingParams`. Cheap checks first: bad words are tokenised last."""
+def read_sampling(fields: Fields, *, vocab_size: int) -> dict[str, Any]:
+    """Keyword arguments of `SamplingParams`, all but the bad words: those are texts to tokenise."""
     return {
         "temperature": number(fields, "temperature", 1.0, 0.0, limits.TEMPERATURE_MAX),
         "top_p": number(fields, "top_p", 1.0, 0.0, 1.0, low_open=True),
@@ -43,7 +44,6 @@ def read_sampling(fields: Fields, *, vocabulary: Vocabulary, vocab_size: int) ->
         "allowed_token_ids": _allowed_token_ids(fields, vocab_size),
         "logit_bias": _logit_bias(fields, vocab_size),
         **_logprobs(fields),
-        "bad_words": _bad_words(fields, vocabulary),
     }
 
 
@@ -81,12 +81,15 @@ def _is_token_id(key: str, vocab_size: int) -> bool:
     return key.isascii() and key.isdecimal() and len(key) <= 10 and key == str(int(key)) and int(key) < vocab_size
 
 
-def _bad_words(fields: Fields, vocabulary: Vocabulary) -> tuple[tuple[int, ...], ...]:
-    """Each word as it is tokenised at the start of a text and inside one, where a space comes before it."""
+def read_bad_words(fields: Fields) -> list[str]:
+    """Each word as it is spelled at the start of a text and inside one, where a space comes before it."""
     words = strings(fields, "bad_words", BAD_WORDS_MAX, limits.STOP_STRING_CHARACTERS_MAX)
     if sum(map(len, words)) > limits.INLINE_CHARACTERS_MAX:
         raise refuse("bad_words", f"at most {limits.INLINE_CHARACTERS_MAX} characters together")
-    spellings = [prefix + word.lstrip() for word in words for prefix in ("", " ")]
+    return [prefix + word.lstrip() for word in words for prefix in ("", " ")]
+
+
+def encode_bad_words(spellings: Sequence[str], vocabulary: Vocabulary) -> tuple[tuple[int, ...], ...]:
     encoded = [tuple(vocabulary.encode(spelling, add_special_tokens=False)) for spelling in spellings]
     if not all(encoded):
         raise refuse("bad_words", "each must stand for at least 1 token")

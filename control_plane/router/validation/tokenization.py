@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from control_plane.router.text.chat_template import ChatTemplate
 from control_plane.router.text.vocabulary import ModelCard, Vocabulary
+from control_plane.router.validation import body as bodies
 from control_plane.router.validation import chat_fields
 from control_plane.router.validation.fields import Fields, boolean, check_token_ids, refuse
 from control_plane.router.validation.prompt import CHARACTERS_PER_TOKEN, PromptEncoder
@@ -40,19 +41,20 @@ class Tokenization:
         self._prompts = prompts
         self._chat = chat
 
-    async def tokenize(self, fields: Fields, *, wait_ms: int) -> dict[str, Any]:
+    async def tokenize(self, fields: Fields, *, wait_ms: int, tenant: str) -> dict[str, Any]:
         """{"prompt": ...} or {"messages": ...}. Longer texts than the model takes are no mistake here."""
         with_strings = boolean(fields, "return_token_strs")
-        ids = await (self._conversation if fields.get("messages") is not None else self._text)(fields, wait_ms)
+        chat_fields.read_settings(fields)  # a prompt has no use for them; a mistake in them is one all the same
+        ids = await (self._conversation if fields.get("messages") is not None else self._text)(fields, wait_ms, tenant)
         return {
             "count": len(ids),
             "max_model_len": self._card.max_model_len,
             "tokens": ids,
-            "token_strs": [self._vocabulary.token_name(token_id) for token_id in ids] if with_strings else None,
+            "token_strs": await self._names(ids, wait_ms, tenant) if with_strings else None,
         }
 
-    async def detokenize(self, fields: Fields, *, wait_ms: int) -> dict[str, Any]:
-        ids = fields.get("tokens")
+    async def detokenize(self, fields: Fields, *, wait_ms: int, tenant: str) -> dict[str, Any]:
+        ids = bodies.large_value(fields, "tokens")
         if not isinstance(ids, list):
             raise refuse("tokens", "required" if ids is None else "must be a list of token ids")
         check_token_ids(ids, self._card.vocab_size, field="tokens")
@@ -61,33 +63,43 @@ class Tokenization:
             detokenizer = self._vocabulary.detokenizer(frozenset(), skip_special_tokens=False)
             return detokenizer.push(ids) + detokenizer.finish()
 
-        text = await self._prompts.run(decode, characters=CHARACTERS_PER_TOKEN * len(ids), wait_ms=wait_ms)
-        return {"prompt": text}
+        weight = CHARACTERS_PER_TOKEN * len(ids)
+        return {"prompt": await self._prompts.run(decode, characters=weight, wait_ms=wait_ms, tenant=tenant)}
 
     def info(self) -> dict[str, Any]:
         """In the words of `tokenizer_config.json`, without what concerns this machine."""
         settings = {**self._vocabulary.settings, "model_max_length": self._card.max_model_len}
         return settings if self._chat is None else {**settings, "chat_template": self._chat.source}
 
-    async def _text(self, fields: Fields, wait_ms: int) -> list[int]:
-        text = fields.get("prompt")
+    async def _names(self, ids: list[int], wait_ms: int, tenant: str) -> list[str]:
+        def name() -> list[str]:
+            return list(map(self._vocabulary.token_name, ids))
+
+        weight = CHARACTERS_PER_TOKEN * len(ids)
+        return await self._prompts.run(name, characters=weight, wait_ms=wait_ms, tenant=tenant)
+
+    async def _text(self, fields: Fields, wait_ms: int, tenant: str) -> list[int]:
+        with_special = boolean(fields, "add_special_tokens", True)
+        text = bodies.large_value(fields, "prompt")
         if not isinstance(text, str):
             raise refuse("prompt", "required" if text is None else "must be a string")
         self._check_characters(len(text), "prompt")
-        with_special = boolean(fields, "add_special_tokens", True)
         return await self._prompts.run(
             lambda: self._vocabulary.encode_naming(text, add_special_tokens=with_special),
             characters=len(text),
             wait_ms=wait_ms,
+            tenant=tenant,
         )
 
-    async def _conversation(self, fields: Fields, wait_ms: int) -> list[int]:
+    async def _conversation(self, fields: Fields, wait_ms: int, tenant: str) -> list[int]:
+        template, with_special = require_template(self._chat), boolean(fields, "add_special_tokens")
         return await self._prompts.chat_ids(
             chat_fields.read_conversation(fields),
-            require_template(self._chat),
-            add_special_tokens=boolean(fields, "add_special_tokens"),
+            template,
+            add_special_tokens=with_special,
             check=lambda characters: self._check_characters(characters, "messages"),
             wait_ms=wait_ms,
+            tenant=tenant,
         )
 
     def _check_characters(self, characters: int, field: str) -> None:

@@ -24,6 +24,7 @@ from typing import Any, Final
 import msgspec
 
 from control_plane.router.access.caller import Caller
+from control_plane.router.access.tenants import EVERYBODY, Tenant
 from control_plane.router.side_thread import SideThread
 from control_plane.router.text.chat_template import ChatTemplate
 from control_plane.router.text.vocabulary import ModelCard, Vocabulary
@@ -41,8 +42,8 @@ from control_plane.router.validation.fields import (
     word,
 )
 from control_plane.router.validation.knob_fields import Knobs, read_knobs
-from control_plane.router.validation.prompt import Prompt, PromptEncoder, PromptFields, Source, read_sources
-from control_plane.router.validation.sampling_fields import read_sampling
+from control_plane.router.validation.prompt import Prompt, PromptEncoder, PromptFields, read_sources, weight
+from control_plane.router.validation.sampling_fields import encode_bad_words, read_bad_words, read_sampling
 from control_plane.router.validation.tokenization import Tokenization, require_template
 from engine.base import limits
 from engine.base.errors import DeadlineExceeded, FrameError, InvalidArgument, NotFound
@@ -129,6 +130,7 @@ class Config:
     inline_characters_max: int = limits.INLINE_CHARACTERS_MAX
     encodes_waiting_max: int = limits.ENCODES_WAITING_MAX
     constraint_checks_waiting_max: int = limits.CONSTRAINT_CHECKS_WAITING_MAX
+    tenants: int = 1  # that both queues are shared out among
     unknown_names_max: int = limits.UNKNOWN_NAMES_MAX
     deadline_ms_default: int = limits.REQUEST_DEADLINE_MS
 
@@ -177,9 +179,14 @@ class Terms:
     def choices(self) -> int:
         return int(self.request["choices"])
 
+    @property
+    def tenant(self) -> str:
+        return str(self.request["tenant"])
+
 
 class Validator:
-    """Checks in order of cost: shape first, then text to ids, then what depends on the number of ids, grammars last."""
+    """Checks in order of cost: small fields first, then the prompt's shape, text to ids, what depends on the number of
+    ids, and grammars last."""
 
     def __init__(
         self,
@@ -206,10 +213,13 @@ class Validator:
             vocabulary,
             inline_characters_max=config.inline_characters_max,
             waiting_max=config.encodes_waiting_max,
+            tenants=config.tenants,
         )
         self._tokenization = Tokenization(card, vocabulary, self._prompts, chat)
         # Not the prompts' thread: a hostile grammar must not stand before other clients' prompts.
-        self._checks = SideThread("check", waiting_max=config.constraint_checks_waiting_max, what="constraints")
+        self._checks = SideThread(
+            "check", waiting_max=config.constraint_checks_waiting_max, what="constraints", tenants=config.tenants
+        )
 
     def close(self) -> None:
         self._prompts.close()
@@ -218,8 +228,7 @@ class Validator:
     # -- what clients ask for ------------------------------------------------------------------------------------------
     async def completion(self, body: bytes, caller: Caller = NOBODY) -> list[ValidatedRequest]:
         """The body of `POST /v1/completions`: one request for each of its prompts, in their order."""
-        fields = _decoded(body, COMPLETIONS)
-        return await self._completions(fields, read_sources(fields), caller)
+        return await self._completions(_decoded(body, COMPLETIONS), caller)
 
     async def chat(self, body: bytes, caller: Caller = NOBODY) -> ValidatedRequest:
         """The body of `POST /v1/chat/completions`."""
@@ -229,39 +238,43 @@ class Validator:
         """Fields that came in another way than as JSON: one prompt, or the messages of one conversation."""
         if "messages" in fields:
             return await self._conversation(fields, caller)
-        sources = read_sources(fields)
-        if len(sources) > 1:
+        if len(read_sources(fields)) > 1:
             raise refuse("prompt", "only one prompt at a time here")
-        (request,) = await self._completions(fields, sources, caller)
+        (request,) = await self._completions(fields, caller)
         return request
 
-    async def tokenize(self, body: bytes) -> dict[str, Any]:
+    async def tokenize(self, body: bytes, tenant: Tenant = EVERYBODY) -> dict[str, Any]:
         """`POST /tokenize`"""
         fields = self._known(_decoded(body, TOKENIZE), TOKENIZE)
-        return await self._tokenization.tokenize(fields, wait_ms=self._config.deadline_ms_default)
+        return await self._tokenization.tokenize(fields, wait_ms=self._config.deadline_ms_default, tenant=tenant.name)
 
-    async def detokenize(self, body: bytes) -> dict[str, Any]:
+    async def detokenize(self, body: bytes, tenant: Tenant = EVERYBODY) -> dict[str, Any]:
         """`POST /detokenize`"""
         fields = self._known(_decoded(body, DETOKENIZE), DETOKENIZE)
-        return await self._tokenization.detokenize(fields, wait_ms=self._config.deadline_ms_default)
+        return await self._tokenization.detokenize(fields, wait_ms=self._config.deadline_ms_default, tenant=tenant.name)
 
     def tokenizer_info(self) -> dict[str, Any]:
         """`GET /tokenizer_info`"""
         return self._tokenization.info()
 
     # -- prompts -------------------------------------------------------------------------------------------------------
-    async def _completions(self, fields: Fields, sources: Sequence[Source], caller: Caller) -> list[ValidatedRequest]:
-        terms = self._terms(
+    async def _completions(self, fields: Fields, caller: Caller) -> list[ValidatedRequest]:
+        terms = await self._terms(
             self._known(fields, COMPLETIONS),
             caller,
             prompt=PromptFields.read(fields),
             output_tokens=optional_integer(fields, "max_tokens", 0, limits.OUTPUT_TOKENS_MAX),
         )
+        sources = read_sources(fields)
         if len(sources) * terms.choices > limits.REQUEST_CHOICES_MAX:
             raise refuse("n", f"at most {limits.REQUEST_CHOICES_MAX} choices for all prompts together")
         asked = limits.OUTPUT_TOKENS_DEFAULT if terms.output_tokens is None else terms.output_tokens
         prompts = await self._prompts.encode(
-            sources, terms.prompt, output_tokens=asked, wait_ms=self._left_ms(terms.arrived_us, terms.deadline_ms)
+            sources,
+            terms.prompt,
+            output_tokens=asked,
+            wait_ms=self._left_ms(terms.arrived_us, terms.deadline_ms),
+            tenant=terms.tenant,
         )
         lengths = [self._length(terms, len(prompt.token_ids), limits.OUTPUT_TOKENS_DEFAULT) for prompt in prompts]
         requests = [self._request(terms, prompt, length) for prompt, length in zip(prompts, lengths, strict=True)]
@@ -270,9 +283,8 @@ class Validator:
     async def _conversation(self, fields: Fields, caller: Caller) -> ValidatedRequest:
         fields = self._known(fields, CHAT)
         template = require_template(self._chat)
-        conversation = chat_fields.read_conversation(fields)
         output_field = chat_fields.output_field(fields)
-        terms = self._terms(
+        terms = await self._terms(
             chat_fields.in_completions_words(fields),
             caller,
             prompt=PromptFields.read(fields, chat=True),
@@ -280,11 +292,12 @@ class Validator:
             output_field=output_field,
         )
         prompt = await self._prompts.encode_chat(
-            conversation,
+            chat_fields.read_conversation(fields),
             template,
             terms.prompt,
             output_tokens=terms.output_tokens or 0,
             wait_ms=self._left_ms(terms.arrived_us, terms.deadline_ms),
+            tenant=terms.tenant,
         )
         length = self._length(terms, len(prompt.token_ids), _longest_chat_answer(terms))
         (request,) = await self._finished(terms, [replace(self._request(terms, prompt, length), chat=True)])
@@ -317,7 +330,7 @@ class Validator:
         for request in requests:
             check_min_tokens(request)
         check_logprobs(requests)
-        await self._check(terms.constraint, self._left_ms(terms.arrived_us, terms.deadline_ms))
+        await self._check(terms.constraint, self._left_ms(terms.arrived_us, terms.deadline_ms), terms.tenant)
         left_ms = self._left_ms(terms.arrived_us, terms.deadline_ms)
         return [replace(request, deadline_ms=left_ms) for request in requests]
 
@@ -329,7 +342,7 @@ class Validator:
         refuse_not_served(fields, dialect.not_served)
         return fields
 
-    def _terms(self, fields: Fields, caller: Caller, *, prompt: PromptFields, **output: Any) -> Terms:
+    async def _terms(self, fields: Fields, caller: Caller, *, prompt: PromptFields, **output: Any) -> Terms:
         arrived_us = self.clock_us() if caller.arrived_us is None else caller.arrived_us
         knobs = self._knobs(fields, caller)
         options = object_or_empty(fields, "stream_options")
@@ -344,17 +357,27 @@ class Validator:
             "constraint_field": constraint.field if constraint is not None else "",
         }
         seed = optional_integer(fields, "seed", 0, limits.SEED_MAX)
-        sampling = read_sampling(fields, vocabulary=self._vocabulary, vocab_size=self._card.vocab_size)
+        left_ms = self._left_ms(arrived_us, knobs.deadline_ms)
+        sampling = {
+            **read_sampling(fields, vocab_size=self._card.vocab_size),
+            "bad_words": await self._bad_words(fields, left_ms, caller.tenant.name),
+            "constraint": constraint.constraint if constraint is not None else None,
+        }
         return Terms(
             arrived_us=arrived_us,
             deadline_ms=knobs.deadline_ms,
             request=request,
             seed=seed,
-            sampling={**sampling, "constraint": constraint.constraint if constraint is not None else None},
+            sampling=sampling,
             constraint=constraint,
             prompt=prompt,
             **output,
         )
+
+    async def _bad_words(self, fields: Fields, wait_ms: int, tenant: str) -> tuple[tuple[int, ...], ...]:
+        spellings = read_bad_words(fields)
+        encode = partial(encode_bad_words, spellings, self._vocabulary)
+        return await self._prompts.run(encode, characters=weight(spellings), wait_ms=wait_ms, tenant=tenant)
 
     def _knobs(self, fields: Fields, caller: Caller) -> Knobs:
         return read_knobs(
@@ -378,12 +401,13 @@ class Validator:
         if model and model != self._card.name:
             raise NotFound("model: this model is not served here; GET /v1/models lists what is", field="model")
 
-    async def _check(self, constraint: NamedConstraint | None, wait_ms: int) -> None:
+    async def _check(self, constraint: NamedConstraint | None, wait_ms: int, tenant: str) -> None:
         """Compiled once here, so that a grammar which nobody can obey is refused before it costs a worker anything."""
         if constraint is None:
             return
         try:
-            await self._checks.run(partial(self._check_constraint, constraint.constraint), wait_ms=wait_ms)
+            check = partial(self._check_constraint, constraint.constraint)
+            await self._checks.run(check, wait_ms=wait_ms, tenant=tenant)
         except InvalidArgument as error:
             raise refuse(constraint.field, error.message.removeprefix("constraint: ")) from None
 
@@ -396,8 +420,7 @@ def _decoded(body: bytes, dialect: Dialect) -> dict[str, Any]:
     try:
         return bodies.decode_body_untrusted(body, dialect.shape)
     except FrameError as error:
-        message = bodies.ERRORS[error.reason]
-        raise InvalidArgument(message, field=message.partition(":")[0]) from None
+        raise bodies.refusal(error) from None
 
 
 def _label(fields: Fields, caller: Caller) -> str:

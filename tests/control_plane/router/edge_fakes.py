@@ -23,6 +23,7 @@ from control_plane.router.requests import (
     ResetCache,
     Stop,
     Submit,
+    SubmitAll,
     TokensReady,
     WorkerView,
 )
@@ -34,6 +35,7 @@ from engine.base.errors import Cancelled, InvalidArgument, TriptychError
 from engine.types import Constraint, FinishReason, TokenLogprobs
 
 CARD = ModelCard(name="tiny", vocab_size=1_000, max_model_len=64, eos_token_ids=(999,))
+TRANSFER_ID = "0a" * 16
 STATS = RequestStats(
     prefill_worker="p1",
     decode_worker="d1",
@@ -84,7 +86,11 @@ class FakeCore:
         self.open_choices: dict[int, set[int]] = {}
         self.changed = asyncio.Event()
 
-    def deliver(self, event: Event) -> None:
+    def deliver(self, event: Event | SubmitAll) -> None:
+        if isinstance(event, SubmitAll):
+            for submit in event.submits:
+                self.deliver(submit)
+            return
         self.delivered.append(event)
         self.changed.set()
         match event:
@@ -125,7 +131,7 @@ class FakeCore:
             return
         finish = ending if isinstance(ending, FinishReason) else None
         error = ending if isinstance(ending, TriptychError) else None
-        self.edge.on_output(Ended(key=key, finish=finish, error=error, stats=STATS))
+        self.edge.on_output(Ended(key=key, finish=finish, error=error, stats=STATS, transfer_id=TRANSFER_ID))
         self.changed.set()
 
     async def until(self, condition: Callable[[], object]) -> None:

@@ -7,6 +7,7 @@ import pytest
 from control_plane.options import EdgeOptions, OptionError
 from control_plane.router.access.key_file import read_keys
 from control_plane.router.access.tenants import Tenant
+from engine.base.errors import Unauthenticated
 
 
 def write(folder: Path, text: str) -> EdgeOptions:
@@ -21,6 +22,14 @@ def test_a_file_and_flags_together(tmp_path: Path) -> None:
     of = {key: keys.tenant(f"Bearer sk-{key}") for key in range(4)}
     acme, ops = Tenant("acme"), Tenant("ops", admin=True)
     assert of == {0: Tenant("default", admin=True), 1: acme, 2: acme, 3: ops}
+
+
+def test_a_key_may_hold_what_begins_a_comment_elsewhere(tmp_path: Path) -> None:
+    keys = read_keys(write(tmp_path, "acme a#b # and a comment\n#acme c\n"))
+    assert keys.tenant("Bearer a#b").name == "acme"
+    for key in ("a", "c"):
+        with pytest.raises(Unauthenticated):
+            keys.tenant(f"Bearer {key}")
 
 
 def test_no_keys_at_all_means_none_is_asked_for() -> None:

@@ -7,7 +7,10 @@ from functools import partial
 import pytest
 
 from control_plane.router import edge
+from control_plane.router.access.tenants import Tenant
 from control_plane.router.answers.several_prompts import PromptStreams
+from control_plane.router.requests import Ended, RequestStats
+from control_plane.router.text.stop_strings import StopStrings
 from engine.base import limits
 from engine.base.errors import ResourceExhausted, TriptychError, Unavailable
 from engine.types import FinishReason
@@ -229,6 +232,21 @@ async def test_a_cancelled_handler_frees_every_prompt() -> None:
     assert len(router.core.cancels) == 3 and router.edge.in_flight == 0
 
 
+async def test_all_prompts_of_a_call_share_one_automaton_of_their_stop_strings(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[Sequence[str]] = []
+
+    class Counted(StopStrings):
+        def __init__(self, strings: Sequence[str]) -> None:
+            built.append(strings)
+            super().__init__(strings)
+
+    monkeypatch.setattr(edge, "StopStrings", Counted)
+    script = says((0, [1, 7, 2], LENGTH), (1, [3], LENGTH))
+    whole, _ = await both(Router(), script, prompt=PROMPTS, n=2, stop=["7"])
+    assert [choice["text"] for choice in whole["choices"]] == [" 1 ", " 3"] * 3
+    assert built == [("7",), ("7",)]  # one for the whole answer, one for the streamed one
+
+
 async def test_aborting_the_calls_id_ends_all_its_prompts() -> None:
     router = Router()
     call = Call(router.app, body(prompt=PROMPTS))
@@ -238,6 +256,19 @@ async def test_aborting_the_calls_id_ends_all_its_prompts() -> None:
     await turns()
     assert call.sent[0]["status"] == 499
     assert sorted(cancel.key for cancel in router.core.cancels) == [1, 2, 3] and router.edge.in_flight == 0
+
+
+async def test_the_calls_id_stands_for_all_of_it_also_when_its_first_prompt_has_ended() -> None:
+    router = Router()
+    call = Call(router.app, body(prompt=PROMPTS))
+    await turns()
+    router.edge.on_output(Ended(key=1, finish=FinishReason.STOP, stats=RequestStats()))
+    router.edge.abort("cmpl-id1", Tenant("somebody"))
+    assert router.core.cancels == []
+    router.edge.abort("cmpl-id1")
+    await call.task
+    await turns()
+    assert sorted(cancel.key for cancel in router.core.cancels) == [2, 3] and router.edge.in_flight == 0
 
 
 async def test_a_token_that_cannot_be_decoded_fails_its_own_call_only() -> None:

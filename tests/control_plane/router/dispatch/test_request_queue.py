@@ -6,9 +6,9 @@ import pytest
 
 from control_plane.router.dispatch.live_request import LiveRequest
 from control_plane.router.dispatch.request_queue import RequestQueue
-from control_plane.router.dispatch.shares import Shares
 from control_plane.router.dispatch.submissions import Submission
 from control_plane.router.requests import Submit
+from control_plane.router.shares import Shares
 from engine.base import limits
 from engine.types import SamplingParams
 

@@ -26,7 +26,7 @@ from engine.base.errors import (
     Unavailable,
 )
 from engine.types import FinishReason
-from tests.control_plane.router.edge_fakes import STATS, Call, Router, answers, body, events, turns
+from tests.control_plane.router.edge_fakes import STATS, TRANSFER_ID, Call, Router, answers, body, events, turns
 
 
 def text_of(chunks: list[dict[str, Any]]) -> str:
@@ -722,7 +722,7 @@ async def test_each_request_is_one_line_and_no_prompt_is_in_it(caplog: pytest.Lo
     router = Router()
     router.core.script = answers([5], [6])
     router.now_us = 1_000
-    await router.complete(prompt="my secret", user="alice")
+    answer = await router.complete(prompt="my secret", user="alice")
     await router.complete(prompt="my secret", temperature="hot")
     assert logged(caplog, "request") == [
         {
@@ -740,6 +740,7 @@ async def test_each_request_is_one_line_and_no_prompt_is_in_it(caplog: pytest.Lo
             "attempts": 1,
             "prefill": "p1",
             "decode": "d1",
+            "transfer_id": TRANSFER_ID,
             "codec": "raw",
             "codec_level": 0,
             "kv_bytes_raw": 4_000,
@@ -748,6 +749,7 @@ async def test_each_request_is_one_line_and_no_prompt_is_in_it(caplog: pytest.Lo
     ]
     (refused,) = logged(caplog, "request refused")
     assert refused == {"status": "invalid_argument", "field": "temperature", "label": "", "tenant": ""}
+    assert TRANSFER_ID not in answer.text, "for our log only"
     said = caplog.text + str([vars(record) for record in caplog.records])
     assert "secret" not in said and "alice" not in said and "hot" not in said
 

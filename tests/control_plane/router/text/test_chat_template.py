@@ -2,6 +2,8 @@
 
 import json
 import random
+import threading
+import time
 import unicodedata
 from functools import cache
 from pathlib import Path
@@ -231,6 +233,57 @@ def test_a_word_of_its_own_is_no_part_of_another() -> None:
     assert special.count("STOP STOPS") == 1
 
 
+def test_the_longest_name_that_fits_is_the_one() -> None:
+    names = ["<a>", "<a>b", "<a>bc", "<b|", "x"]
+    special = SpecialTokens(
+        [*(SpecialToken(index, name) for index, name in enumerate(names)), SpecialToken(9, "<a>bcd", single_word=True)]
+    )
+    assert list(special.split("<a>bcd <a>bcde.<a>bb<b<b|")) == [9, " ", 2, "de.", 1, "b<b", 3]
+
+
+short_names = st.lists(st.text(alphabet="<|ab. ", min_size=1, max_size=5), max_size=8, unique=True)
+
+
+@given(names=short_names, text=st.text(alphabet="<|ab. é", max_size=30))
+def test_names_are_found_as_if_each_were_sought(names: list[str], text: str) -> None:
+    special = SpecialTokens([SpecialToken(index, name) for index, name in enumerate(names)])
+    starts = [at for at in range(len(text)) if any(text.startswith(name, at) for name in names)]
+    assert special.count(text) == sum(isinstance(piece, int) for piece in special.split(text))
+    assert "".join(names[piece] if isinstance(piece, int) else piece for piece in special.split(text)) == text
+    assert (special.count(text) > 0) == bool(starts)
+    assert special.touched_by(text) or not starts
+    marked = special.marked(text, NONCHARACTERS[0])
+    assert marked.replace(NONCHARACTERS[0], "") == text
+    assert not any(name in marked for name in names if len(name) > 1)
+
+
+def test_names_inside_names_are_marked() -> None:
+    special = SpecialTokens([SpecialToken(1, "<a<b>"), SpecialToken(2, "<b>"), SpecialToken(3, "<b>c")])
+    assert special.marked("x <a<b>c x", "#") == "x <#a<#b>c x"
+
+
+def test_hundreds_of_names_that_begin_alike_cost_no_more_than_a_few() -> None:
+    """A user repeats their beginning: no place in his text is compared with every name."""
+    text = "<|reserved_special_token_" * 2_000
+
+    def cpu_s(names: int) -> float:
+        special = SpecialTokens(SpecialToken(index, f"<|reserved_special_token_{index}|>") for index in range(names))
+        started_s = time.thread_time()
+        special.touched_by(text)
+        special.marked(text, "\ufdd0")
+        list(special.split(text))
+        return time.thread_time() - started_s
+
+    few_s, many_s = (min(cpu_s(names) for _ in range(5)) for names in (4, 512))
+    assert many_s < 8 * few_s  # one by one it would be 128 times as much
+
+
+def test_names_may_begin_with_each_other_to_any_depth() -> None:
+    names = ["<" + "a" * length for length in range(400)]
+    special = SpecialTokens([SpecialToken(index, name) for index, name in enumerate(names)])
+    assert list(special.split(f"x{names[399]}{names[60]}")) == ["x", 399, 60]
+
+
 # -- what a template may do --------------------------------------------------------------------------------------------
 BAD_TEMPLATES = {
     "no jinja": "{% for %}",
@@ -275,6 +328,22 @@ def test_loops_that_print_nothing_end_with_their_time() -> None:
     with pytest.raises(InvalidArgument, match="messages: the model's chat template takes longer than 100000 ms"):
         template.render(conversation(*"abcd"), NOTHING)
     assert next(now_s) < 500
+
+
+class LongInComing:
+    """Its text is there when others have computed for a while."""
+
+    def __str__(self) -> str:
+        threading.Event().wait(timeout=0.05)
+        return "b"
+
+
+def test_time_in_which_others_compute_is_not_the_templates() -> None:
+    source = "{{ messages[0].content }}{{ b }}{% for m in messages %}{% endfor %}"
+    template = ChatTemplate(source, config=Config(render_ms=20))
+    variables: Any = {"b": LongInComing()}
+    talk = Conversation(messages=[{"role": "user", "content": "a"}], variables=variables)
+    assert template.render(talk, NOTHING).text == "ab"
 
 
 def test_output_ends_at_its_limit() -> None:

@@ -106,7 +106,7 @@ def test_work_and_memory_per_character_are_bounded_in_the_worst_case() -> None:
     longest = limits.STOP_STRING_CHARACTERS_MAX
     stops = ["a" * (longest - 1 - length) + "b" * (length + 1) for length in range(limits.STOP_STRINGS_MAX)]
     strings = StopStrings(stops)
-    assert len(strings.next_nodes) <= sum(map(len, stops)) + 1
+    assert len(strings) <= sum(map(len, stops)) + 1
     steps = 0
     suffixes = strings.suffixes
 

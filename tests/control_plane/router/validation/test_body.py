@@ -10,15 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from control_plane.router.validation import body
-from control_plane.router.validation.body import BodyMemory, BodyShape, BodyTooLarge, decode_body_untrusted
+from control_plane.router.validation.body import BodyMemory, BodyShape, BodyTooLarge, Undecoded, decode_body_untrusted
 from engine.base import limits
-from engine.base.errors import FrameError, ResourceExhausted
+from engine.base.errors import FrameError, InvalidArgument, ResourceExhausted
 
 SHAPE = BodyShape({"prompt", "model", "stop", "messages", "tokens"}, {"prompt", "messages", "tokens"})
 
 
 def decode(text: bytes) -> dict[str, Any]:
-    return decode_body_untrusted(text, SHAPE)
+    """All of it, the large values too."""
+    fields = decode_body_untrusted(text, SHAPE)
+    return {name: value.decode_untrusted() if isinstance(value, Undecoded) else value for name, value in fields.items()}
 
 
 def reason(text: bytes) -> str:
@@ -103,25 +105,22 @@ def test_so_many_prompts_and_no_more() -> None:
 
 
 # -- messages and ids --------------------------------------------------------------------------------------------------
-PLAIN = {"name": None, "tool_call_id": None, "tool_calls": None}
-
-
 @pytest.mark.parametrize(
     ("message", "value"),
     [
-        (b'{"role":"user","content":"a"}', {"role": "user", "content": "a", **PLAIN}),
-        (b'{"role":"user"}', {"role": "user", "content": None, **PLAIN}),
-        (b'{"role":"user","content":null,"x":[[]]}', {"role": "user", "content": None, **PLAIN}),
+        (b'{"role":"user","content":"a"}', {"role": "user", "content": "a"}),
+        (b'{"role":"user"}', {"role": "user", "content": None}),
+        (b'{"role":"user","content":null,"x":[[]]}', {"role": "user", "content": None}),
         (
             b'{"role":"user","content":["a",{"type":"text","text":"b","y":{}},{"type":"image_url","image_url":{}}]}',
-            {
-                "role": "user",
-                "content": ["a", {"type": "text", "text": "b"}, {"type": "image_url", "text": None}],
-                **PLAIN,
-            },
+            {"role": "user", "content": ["a", {"type": "text", "text": "b"}, {"type": "image_url"}]},
         ),
-        (b'{"role":"a","name":"n","tool_calls":[ ]}', {"role": "a", "content": None, **PLAIN, "name": "n"}),
-        (b'{"role":"a","tool_calls":[{}]}', {"role": "a", "content": None, **PLAIN, "tool_calls": True}),
+        (
+            b'{"role":"a","name":"n","tool_calls":[ ]}',
+            {"role": "a", "content": None, "name": "n", "tool_calls": False},
+        ),
+        (b'{"role":"a","tool_calls":null}', {"role": "a", "content": None, "tool_calls": False}),
+        (b'{"role":"a","tool_calls":[{}]}', {"role": "a", "content": None, "tool_calls": True}),
     ],
 )
 def test_a_message_is_what_is_known_of_it(message: bytes, value: object) -> None:
@@ -153,6 +152,45 @@ def test_messages_and_their_parts_have_limits() -> None:
     assert decode(messages(8, parts(limits.MESSAGE_PARTS_MAX)))
     assert reason(messages(1, parts(limits.MESSAGE_PARTS_MAX + 1))) == "parts_count"
     assert reason(messages(9, parts(limits.MESSAGE_PARTS_MAX))) == "parts_count"
+    assert reason(messages(limits.MESSAGES_MAX, b"[%s,%s]" % (parts(2)[1:-1], parts(2)[1:-1]))) == "parts_count"
+    quoting = b'["%s"]' % (rb"\"" * 5_000)  # quotes inside a text are no parts
+    assert decode(messages(3, quoting))["messages"][2]["content"] == ['"' * 5_000]
+    assert reason(messages(1, b"[%s,%s]" % (quoting[1:-1], parts(limits.MESSAGE_PARTS_MAX)[1:-1]))) == "parts_count"
+
+
+def test_messages_keep_their_contents() -> None:
+    """Contents are decoded many at a time."""
+    contents: list[Any] = [["one", {"type": "text", "text": str(index)}] if index % 3 else "x" for index in range(500)]
+    contents[7] = contents[300] = None
+    messages = [{"role": "user", "content": content} for content in contents]
+    assert decode(msgspec.json.encode({"messages": messages})) == {"messages": messages}
+
+
+def test_what_may_be_large_is_not_decoded_before_it_is_asked_for() -> None:
+    fields = decode_body_untrusted(b'{"model":"m","prompt":[true],"messages":{},"tokens":null}', SHAPE)
+    assert (fields["model"], fields["tokens"]) == ("m", None)
+    assert isinstance(fields["prompt"], Undecoded) and isinstance(fields["messages"], Undecoded)
+    with pytest.raises(InvalidArgument, match="prompt: must be a string") as raised:
+        body.large_value(fields, "prompt")
+    assert raised.value.field == "prompt"
+    assert body.large_value({"prompt": "a"}, "prompt") == "a" and body.large_value({}, "prompt") is None
+
+
+def test_names_are_bounded_however_many_colons_there_are() -> None:
+    """With few colons a large body is walked over once; many may be many names, or no more than text."""
+    long = b"x" * limits.BODY_BESIDE_PROMPT_BYTES_MAX
+    colons = b":" * 5_000
+    for text in (long, long + colons):
+        assert decode(b'{"y":1,"prompt":"%s"}' % text) == {"y": None, "prompt": text.decode()}
+        assert reason(b'{"prompt":"a","y":"%s"}' % text) == "json_beside_prompt"
+    names = b",".join([b'"%d":0' % index for index in range(400_000)])
+    tracemalloc.start()
+    try:
+        assert reason(b'{%s,"prompt":"%s"}' % (names, long)) == "json_beside_prompt"
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 2 * len(names)  # the body itself and no names
 
 
 def test_messages_may_be_long_and_what_is_beside_them_may_not() -> None:
@@ -222,4 +260,15 @@ def test_held_bytes_are_counted_and_given_back() -> None:
         with pytest.raises(BodyTooLarge):
             first.append(b"ghi")
         assert memory.held_bytes == 6
+    assert memory.held_bytes == 0
+
+
+def test_a_tenants_bodies_leave_room_for_anothers() -> None:
+    memory = BodyMemory(100, tenants=2)
+    with memory.hold(100, "red") as flood, memory.hold(100, "blue") as body:
+        with pytest.raises(ResourceExhausted, match="too many request bodies at once"):
+            for _ in range(100):
+                flood.append(b"x")
+        assert flood.size_bytes == 80
+        body.append(b"y" * 10)
     assert memory.held_bytes == 0

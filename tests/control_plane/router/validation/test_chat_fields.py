@@ -299,3 +299,18 @@ async def test_any_values_are_a_chat_or_are_refused(fields: dict[str, Any], mess
 
 def test_what_a_conversation_weighs() -> None:
     assert Conversation(messages=[USER, {**USER, "name": "me"}]).characters == 2 * len("userhi") + 2
+    assert Conversation(messages=[USER], variables={"date": "x" * 9, "long": True}).characters == len("userhi") + 9
+
+
+async def test_what_is_cheap_is_checked_before_what_may_be_large_is_looked_at() -> None:
+    validator = make_validator()
+    for wrong in ({"temperature": -1}, {"model": 7}, {"continue_final_message": 1}, {"max_tokens": -1}):
+        with pytest.raises((InvalidArgument, NotFound)) as raised:
+            await chat(validator, **wrong, messages=7)
+        assert raised.value.field == next(iter(wrong))
+    with pytest.raises(InvalidArgument, match="messages: must be a list"):
+        await chat(validator, messages=7)
+    with pytest.raises(InvalidArgument, match="temperature"):
+        await validator.completion(b'{"prompt":{},"temperature":-1}')
+    with pytest.raises(InvalidArgument, match="prompt: must be a string"):
+        await validator.completion(b'{"prompt":{}}')

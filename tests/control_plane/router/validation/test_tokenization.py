@@ -1,6 +1,7 @@
 """Clients count tokens and write ids as the model's own tokenizer would, and learn nothing of this machine."""
 
 import json
+import threading
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -98,6 +99,11 @@ async def test_messages_are_counted_as_a_chat_would_be_computed() -> None:
         ({"prompt": "x" * (10 * limits.PROMPT_TOKENS_MAX + 1)}, "prompt"),
         ({"prompt": "a", "add_special_tokens": 1}, "add_special_tokens"),
         ({"prompt": "a", "return_token_strs": "yes"}, "return_token_strs"),
+        ({"prompt": "a", "add_generation_prompt": "yes"}, "add_generation_prompt"),
+        ({"prompt": "a", "continue_final_message": 1}, "continue_final_message"),
+        ({"prompt": "a", "chat_template_kwargs": []}, "chat_template_kwargs"),
+        ({"prompt": "a", "chat_template_kwargs": {"messages": 1}}, "chat_template_kwargs"),
+        ({"messages": TALK, "add_generation_prompt": "yes"}, "add_generation_prompt"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "x", "content": ""}]}, "messages[0].role"),
         ({"messages": TALK, "add_special_tokens": 1}, "add_special_tokens"),
@@ -139,6 +145,30 @@ async def test_oracles_have_text_too() -> None:
     assert await detokenize(validator, tokens=[5, 6]) == {"prompt": " 5 6"}
     assert await detokenize(validator, tokens=[]) == {"prompt": ""}
     assert validator.tokenizer_info()["tokenizer_class"] == "OracleVocabulary"
+
+
+class NamedWhere(OracleVocabulary):
+    """Remembers which threads named tokens."""
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__(vocab_size)
+        self.threads: set[threading.Thread] = set()
+
+    def token_name(self, token_id: int) -> str:
+        self.threads.add(threading.current_thread())
+        return super().token_name(token_id)
+
+
+async def test_many_names_leave_the_loop_too() -> None:
+    vocabulary = NamedWhere(CARD.vocab_size)
+    validator = make_validator(vocabulary)
+    few = await tokenize(validator, prompt=" 5", return_token_strs=True)
+    assert (few["token_strs"], vocabulary.threads) == ([" 5"], {threading.current_thread()})
+    vocabulary.threads.clear()
+    many = await tokenize(validator, prompt=" 5" * 1_100, return_token_strs=True)
+    assert many["token_strs"] == [" 5"] * 1_100
+    assert threading.current_thread() not in vocabulary.threads
+    validator.close()
 
 
 async def test_long_texts_leave_the_loop() -> None:

@@ -16,6 +16,7 @@ from control_plane.router.access.caller import Caller
 from control_plane.router.access.tenants import Tenant
 from control_plane.router.text.vocabulary import ModelCard, OracleVocabulary
 from control_plane.router.validation import validator as validation
+from control_plane.router.validation.prompt import CHARACTERS_PER_TEXT
 from control_plane.router.validation.validator import NOT_SERVED, ValidatedRequest, Validator
 from engine.base import limits
 from engine.base.errors import DeadlineExceeded, InvalidArgument, NotFound, ResourceExhausted
@@ -166,7 +167,9 @@ BAD_FIELDS: list[tuple[dict[str, Any], int, str]] = [
     *bad("bad_words", "x", [""], [" "], [7], [None], ["x"] * 65, ["x" * 257], ["x" * 256] * 17),
     ({"bad_words": ["é" * 250] * 2 + ["ü" * 20] * 2}, 400, "bad_words"),
     # where to stop
-    *bad("stop", 7, True, False, {}, [""], ["a", ""], [7], ["x"] * 17, "x" * 257, ["x" * 257], [["x"]]),
+    *bad(
+        "stop", 7, True, False, {}, [""], ["a", ""], [7], ["x"] * 17, "x" * 257, ["x" * 257], ["x" * 129] * 16, [["x"]]
+    ),
     *bad("include_stop_str_in_output", 1, "true"),
     # what the answer shows
     *bad("echo", 0, "true", 1),
@@ -305,7 +308,7 @@ ANSWER: list[tuple[str, Any, str, Any]] = [
     ("stop", "", "stop", ()),
     ("stop", [], "stop", ()),
     ("stop", "END", "stop", ("END",)),
-    ("stop", ["x" * 256] * 16, "stop", ("x" * 256,) * 16),
+    ("stop", ["x" * 256] * 8, "stop", ("x" * 256,) * 8),
     ("include_stop_str_in_output", True, "include_stop", True),
     ("skip_special_tokens", False, "skip_special_tokens", False),
     ("return_token_ids", True, "return_token_ids", True),
@@ -593,6 +596,35 @@ async def test_who_stops_waiting_in_the_queue_is_not_encoded() -> None:
     validator.close()
 
 
+async def test_one_tenants_long_prompts_do_not_shut_anothers_out() -> None:
+    vocabulary = SlowVocabulary()
+    config = validation.Config(inline_characters_max=0, encodes_waiting_max=10, tenants=2)
+    validator = make_validator(config, vocabulary=vocabulary)
+    red, blue = Caller(tenant=Tenant("red")), Caller(tenant=Tenant("blue"))
+    flood = [asyncio.create_task(validator.validate({"prompt": "r"}, red)) for _ in range(10)]
+    await asyncio.sleep(0)
+    asked: list[Any] = [validator.validate({"prompt": "b"}, blue), validator.tokenize(b'{"prompt":"t"}', blue.tenant)]
+    served = [asyncio.create_task(each) for each in asked]
+    await asyncio.sleep(0)
+    vocabulary.may_encode.set()
+    await asyncio.gather(*served)
+    ended = await asyncio.gather(*flood, return_exceptions=True)
+    assert [type(each) for each in ended] == [ValidatedRequest] * 8 + [ResourceExhausted] * 2
+    assert vocabulary.encoded[:5] == ["r", "r", "b", "r", "t"]
+    validator.close()
+
+
+async def test_bad_words_weigh_what_their_texts_do() -> None:
+    inline = len("bad bad") + CHARACTERS_PER_TEXT
+    validator = make_validator(validation.Config(inline_characters_max=inline, encodes_waiting_max=0))
+    assert len((await validator.validate({"prompt": [1], "bad_words": ["bad"]})).sampling.bad_words) == 2
+    with pytest.raises(ResourceExhausted):
+        await validator.validate({"prompt": [1], "bad_words": ["bad", "a"]})
+    validator = make_validator(validation.Config(inline_characters_max=inline))
+    assert len((await validator.validate({"prompt": [1], "bad_words": ["bad", "a"]})).sampling.bad_words) == 4
+    validator.close()
+
+
 async def test_an_unknown_model_is_not_found_and_none_is_the_only_one() -> None:
     validator = make_validator()
     with pytest.raises(NotFound):
@@ -663,7 +695,7 @@ async def test_prompts_together_have_limits() -> None:
 
 
 async def test_many_short_prompts_are_one_long_one() -> None:
-    config = validation.Config(inline_characters_max=5, encodes_waiting_max=0)
+    config = validation.Config(inline_characters_max=5 + 4 * CHARACTERS_PER_TEXT, encodes_waiting_max=0)
     validator = make_validator(config)
     assert len(await completion(validator, prompt=["a"] * 5)) == 5
     with pytest.raises(ResourceExhausted):

@@ -5,7 +5,7 @@ from random import Random
 
 import pytest
 
-from control_plane.router.dispatch.shares import Shares
+from control_plane.router.shares import Shares
 
 
 def fill(shares: Shares, *tenants: str) -> None:

@@ -1,0 +1,126 @@
+"""Prefilling: from the line to a prefill worker, and back into line when nobody holds the KV any more.
+
+Requests wait here, not at workers: what a worker was given can no longer be overtaken.
+
+Not here: whose turn it is (`request_queue`), which worker is best (`placement`).
+"""
+
+from collections import Counter
+from itertools import islice
+
+from control_plane.router.dispatch import worker_messages
+from control_plane.router.dispatch.drain_rate import DrainRate
+from control_plane.router.dispatch.endings import Endings
+from control_plane.router.dispatch.groups import Groups
+from control_plane.router.dispatch.holders import Holders
+from control_plane.router.dispatch.live_request import LiveRequest, Placement, Stage
+from control_plane.router.dispatch.placement import Choice, Placer
+from control_plane.router.dispatch.register import Register
+from control_plane.router.dispatch.request_queue import RequestQueue
+from engine.base import limits
+from engine.base.machine import Send
+
+
+class Prefilling:
+    def __init__(
+        self,
+        register: Register,
+        holders: Holders,
+        groups: Groups,
+        endings: Endings,
+        *,
+        queue: RequestQueue,
+        placer: Placer,
+        drain_rate: DrainRate,
+        counters: Counter[tuple[str, str]],
+    ) -> None:
+        self._register = register
+        self._holders = holders
+        self._groups = groups
+        self._endings = endings
+        self._queue = queue
+        self._placer = placer
+        self._drain_rate = drain_rate
+        self._counters = counters
+
+    # -- into line -----------------------------------------------------------------------------------------------------
+    def enqueue(self, request: LiveRequest, now_us: int) -> None:
+        self._register.enter(request, Stage.QUEUED, now_us)
+        self._queue.put(request)
+        self._holders.changed = True
+
+    def start_over(self, request: LiveRequest, now_us: int) -> list[object]:
+        """Prefill prompt + emitted tokens again. Choices that have begun to differ go on one by one."""
+        actions = self._endings.abort_everywhere(request)
+        self._holders.give_back(request)
+        request.moving = False
+        request.retry_us = None
+        parts = [request]
+        if request.is_group and any(request.submission.outputs):
+            self._register.forget(request)
+            parts = [self._register.adopt(part) for part in self._groups.divide(request)]
+        request.choices = request.open_choices
+        for part in parts:
+            self.enqueue(part, now_us)
+        return [*actions, *(action for part in parts for action in self._endings.end_if_stranded(part, now_us))]
+
+    # -- out of line ---------------------------------------------------------------------------------------------------
+    @property
+    def may_place(self) -> bool:
+        """Somebody waits, and something has changed since nobody more could be placed."""
+        return self._holders.changed and bool(self._queue)
+
+    def place_queued(self, now_us: int) -> list[object]:
+        """Give prefill workers what they need to stay busy, in turn. What they do not need yet can still be overtaken
+        here."""
+        actions: list[object] = []
+        placed_tokens = 0
+        while (found := self._next_placement()) is not None:
+            request, choice = found
+            placed_tokens += len(request.token_ids)
+            actions.append(self._prefill_at(request, choice, now_us))
+        waiting = bool(self._queue) and self._placer.has_prefill_workers
+        self._drain_rate.note(placed_tokens, waiting=waiting, now_us=now_us)
+        self._holders.changed = False
+        return actions
+
+    def _next_placement(self) -> tuple[LiveRequest, Choice] | None:
+        """Whoever's turn it is, at its best worker. While that has no room, it waits, and others may pass.
+
+        A tenant that came back after a while is *urgent*: it also goes before prompts that workers were given earlier.
+        """
+        if not self._placer.has_room_anywhere(urgent=self._holders.fair):
+            return None
+        in_turn = self._queue.in_turn(self._holders.decode_memory.holds_back)
+        for request in islice(in_turn, limits.PLACEMENT_TRIES_MAX):
+            urgent = self._holders.fair and self._queue.is_behind(request)
+            choice = self._placer.prefill(request)
+            if choice is not None and self._placer.has_room(choice.worker, urgent=urgent):
+                request.priority = -urgent if self._holders.fair else request.submit.priority
+                return request, choice
+        return None
+
+    def _prefill_at(self, request: LiveRequest, choice: Choice, now_us: int) -> Send:
+        worker = choice.worker
+        self._queue.place(request, choice.missing_tokens)
+        self._holders.decode_memory.take(request)
+        self._register.enter(request, Stage.PREFILL, now_us)
+        request.source = Placement(worker.id, request.next_attempt())
+        request.context_tokens = len(request.token_ids)
+        request.encoding = None
+        request.near_turn = False
+        request.silent_in = None
+        self._holders.load_prefill(request, choice)
+        self._placer.prompt_sent(request, worker)
+        self._note_placement(request, choice, now_us)
+        prefill = worker_messages.prefill(request, deadline_ms=request.submission.remaining_ms(now_us))
+        return worker_messages.send(worker, prefill=prefill)
+
+    def _note_placement(self, request: LiveRequest, choice: Choice, now_us: int) -> None:
+        submission = request.submission
+        submission.stats.prefill_worker = choice.worker.id
+        self._counters["placements", f"prefill_{choice.reason}"] += 1
+        if not submission.placed:
+            submission.mark("placed", now_us)
+            if waited_ms := (now_us - submission.submitted_us) // 1_000:
+                self._counters["queue_wait_ms", ""] += waited_ms
