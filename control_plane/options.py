@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.base import limits
-from engine.base.keys import is_key as is_key
+from engine.base.keys import is_key
 from engine.base.registry import Registry
 from engine.batching import batchings
 from engine.types import Role

@@ -19,6 +19,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import httpx
 
@@ -32,12 +33,14 @@ from control_plane.router.access.key_file import read_keys
 from deploy.children import edge_arguments, edge_environment, engine_arguments, inherited
 from deploy.cores import CoreShare, share_cores
 from deploy.options import ServeOptions, WorkerSpec
+from engine.base.errors import InvalidArgument
 
 log = logging.getLogger("triptych.serve")
 
 READY_TIMEOUT_S = 120.0
 POLL_S = 0.05
 PROBE_TIMEOUT_S = 1.0  # a router that is ready answers at once; whoever else has the port may never
+LOOPBACK_OF = {"0.0.0.0": "127.0.0.1", "::": "::1", "[::]": "::1"}
 RESTART_PAUSE_S = 0.5
 RESTARTS_MAX = 5  # of one process within RESTART_WINDOW_S: after that it is broken, not unlucky
 RESTART_WINDOW_S = 60.0
@@ -108,7 +111,7 @@ class LocalCluster:
         self.options = replace(
             options,
             port=self._hold("port", options.host, options.port),
-            admin_port=self._hold("admin-port", options.host, options.admin_port),
+            admin_port=self._hold("admin-port", options.admin_host, options.admin_port),
             grpc_port=self._hold("grpc-port", options.host, options.grpc_port),
         )
         self._environments = environments or {}
@@ -134,11 +137,11 @@ class LocalCluster:
 
     @property
     def url(self) -> str:
-        return f"{self._scheme}://{addresses.authority(self.options.host, self.options.port)}"
+        return f"{self._scheme}://{addresses.authority(_dialled(self.options.host), self.options.port)}"
 
     @property
     def admin_url(self) -> str:
-        return f"{self._scheme}://{addresses.authority(self.options.host, self.options.admin_port)}"
+        return f"{self._scheme}://{addresses.authority(_dialled(self.options.admin_host), self.options.admin_port)}"
 
     @property
     def _scheme(self) -> str:
@@ -166,7 +169,8 @@ class LocalCluster:
         options = self.options
         return [
             *("router", "--controller", self._controller_address, "--host", options.host),
-            *("--port", str(options.port), "--admin-port", str(options.admin_port)),
+            *("--port", str(options.port)),
+            *("--admin-host", options.admin_host, "--admin-port", str(options.admin_port)),
             *("--grpc-port", str(options.grpc_port), "--drain-timeout", str(options.drain_timeout_s)),
             *engine_arguments(options.engine),
             *edge_arguments(options.edge),
@@ -237,6 +241,11 @@ class LocalCluster:
         return all(ended)
 
 
+def _dialled(host: str) -> str:
+    """What one listens on everywhere is reached here, and is no address that a browser or a client takes."""
+    return LOOPBACK_OF.get(host, host)
+
+
 def _probing(edge: EdgeOptions) -> httpx.AsyncClient:
     """Straight to our own machine, whatever http_proxy says."""
     return httpx.AsyncClient(trust_env=False, timeout=PROBE_TIMEOUT_S, verify=_own_certificate(edge))
@@ -262,7 +271,8 @@ def serve(options: ServeOptions) -> int:
     model = choose_model(options.engine, progress=lambda message: print(message, flush=True))
     choose_profile(options.engine, model.schema)  # a mistake in it is every worker's
     _require_edge(options.edge)
-    return asyncio.run(_serve(options))
+    takes_chats = _takes_chats(options.edge, model.path)
+    return asyncio.run(_serve(options, takes_chats=takes_chats))
 
 
 def _require_edge(edge: EdgeOptions) -> None:
@@ -274,18 +284,30 @@ def _require_edge(edge: EdgeOptions) -> None:
         Tls.of(edge)
 
 
-async def _serve(options: ServeOptions) -> int:
+def _takes_chats(edge: EdgeOptions, model_dir: Path | None) -> bool:
+    """Raises `OptionError` for a chat template that the router would refuse."""
+    if model_dir is None:
+        return False
+    from control_plane.router.text.chat_template import ChatTemplate  # and with it jinja
+
+    try:
+        return ChatTemplate.from_model_dir(model_dir, edge.chat_template) is not None
+    except InvalidArgument as error:
+        raise OptionError("chat-template", error.message.removeprefix("chat-template: ")) from None
+
+
+async def _serve(options: ServeOptions, *, takes_chats: bool) -> int:
     shutdown = Shutdown()
     shutdown.install()
     cluster = LocalCluster(options)
     try:
-        status = await _run(cluster, shutdown)
+        status = await _run(cluster, shutdown, takes_chats=takes_chats)
     finally:
         all_ended = await cluster.stop()
     return status if all_ended else STATUS_BUG
 
 
-async def _run(cluster: LocalCluster, shutdown: Shutdown) -> int:
+async def _run(cluster: LocalCluster, shutdown: Shutdown, *, takes_chats: bool) -> int:
     """From the first process until the cluster is to end; the exit status if it ends well."""
     started_s = time.monotonic()
     await cluster.start()
@@ -295,7 +317,7 @@ async def _run(cluster: LocalCluster, shutdown: Shutdown) -> int:
     try:
         await asyncio.wait((ready, failed, asked), return_when=asyncio.FIRST_COMPLETED)
         if ready.done() and ready.exception() is None:
-            _announce(cluster, time.monotonic() - started_s)
+            _announce(cluster, time.monotonic() - started_s, takes_chats=takes_chats)
             await asyncio.wait((failed, asked), return_when=asyncio.FIRST_COMPLETED)
         elif not asked.done():
             log.error("the cluster did not become ready: %s", cluster.unready)
@@ -306,19 +328,36 @@ async def _run(cluster: LocalCluster, shutdown: Shutdown) -> int:
         await asyncio.gather(failed, asked, ready, return_exceptions=True)
 
 
-def _announce(cluster: LocalCluster, seconds: float) -> None:
+def _announce(cluster: LocalCluster, seconds: float, *, takes_chats: bool) -> None:
+    examples = _chat_examples(cluster) if takes_chats else _completion_examples(cluster)
     print(
-        f"\nTriptych is ready after {seconds:.1f} s: {cluster.url}  (admin {cluster.admin_url})\n"
+        f"\nTriptych is ready after {seconds:.1f} s: {cluster.url}  (admin {cluster.admin_url})\n{examples}", flush=True
+    )
+
+
+def _chat_examples(cluster: LocalCluster) -> str:
+    return (
         f"  {_curl(cluster.options.edge)} {cluster.url}/v1/chat/completions -H 'content-type: application/json' \\\n"
         '    -d \'{"messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 32}\'\n'
-        f"  triptych chat --url {cluster.url}\n",
-        flush=True,
+        f"  triptych chat --url {cluster.url}{_certificates(cluster.options.edge)}\n"
+    )
+
+
+def _completion_examples(cluster: LocalCluster) -> str:
+    """For a model that has no words for a conversation."""
+    return (
+        f"  {_curl(cluster.options.edge)} {cluster.url}/v1/completions -H 'content-type: application/json' \\\n"
+        '    -d \'{"prompt": "The capital of France is", "max_tokens": 32}\'\n'
     )
 
 
 def _curl(edge: EdgeOptions) -> str:
     """With what this router asks of a client; a key only ever by the name of a variable."""
-    trust = " --cacert CA.pem" if edge.ssl_certfile else ""
-    certificate = " --cert CLIENT.pem" if edge.ssl_ca_certs else ""
     key = ' -H "authorization: Bearer $TRIPTYCH_API_KEY"' if edge.api_keys or edge.api_key_file else ""
-    return f"curl{trust}{certificate}{key}"
+    return f"curl{_certificates(edge)}{key}"
+
+
+def _certificates(edge: EdgeOptions) -> str:
+    """Flags that curl and `triptych chat` call alike."""
+    trust = " --cacert CA.pem" if edge.ssl_certfile else ""
+    return trust + (" --cert CLIENT.pem" if edge.ssl_ca_certs else "")

@@ -35,6 +35,7 @@ class ServeOptions:
     edge: EdgeOptions = field(default_factory=EdgeOptions)
     host: str = "127.0.0.1"
     port: int = HTTP_PORT
+    admin_host: str = "127.0.0.1"
     admin_port: int = ADMIN_PORT
     grpc_port: int = GRPC_PORT
     encode: int = 0
@@ -53,9 +54,12 @@ class ServeOptions:
         if self.encode:
             raise OptionError("encode", "encode workers (images) are not there yet; leave --encode at 0")
         if not self.mixed and not (self.prefill and self.decode):
-            raise OptionError("prefill", "a request needs a prefill and a decode worker, or a mixed one that does both")
-        if len(self.workers) > limits.WORKERS_MAX:
-            raise OptionError("prefill", f"{len(self.workers)} workers; at most {limits.WORKERS_MAX} in one cluster")
+            missing = "decode" if self.prefill else "prefill"
+            raise OptionError(missing, "a request needs a prefill and a decode worker, or a mixed one that does both")
+        pools = {"prefill": self.prefill, "decode": self.decode, "mixed": self.mixed}
+        if (count := sum(pools.values())) > limits.WORKERS_MAX:
+            most = max(pools, key=lambda pool: pools[pool])
+            raise OptionError(most, f"{count} workers; at most {limits.WORKERS_MAX} in one cluster")
 
     @property
     def workers(self) -> tuple[WorkerSpec, ...]:

@@ -8,7 +8,6 @@ In a pipe it is passed on as it is. Errors are one line; whoever types Ctrl-C du
 is closed, which frees it at the server), and leaves with a second one.
 """
 
-import signal
 import sys
 from collections.abc import Callable
 from contextlib import closing
@@ -19,12 +18,10 @@ from rich.console import Console
 
 from control_plane.options import OptionError, require_at_least
 from engine.base import limits
+from triptych.access import URL_DEFAULT, Certificates, require_key, require_url
 from triptych.chat_server import Receipt, Server, ServerError, Unreachable
-from triptych.load.options import URL_DEFAULT, require_key, require_url
+from triptych.statuses import BROKEN_PIPE, FAILED, INTERRUPTED
 
-STATUS_FAILED: Final = 1
-STATUS_INTERRUPTED: Final = 130
-STATUS_BROKEN_PIPE: Final = 128 + signal.SIGPIPE
 KEPT_CONTROLS: Final = "\n\t"
 CONTROLS: Final = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(0x20), *range(0x7F, 0xA0))}
 VISIBLE: Final = {code: mark for code, mark in CONTROLS.items() if chr(code) not in KEPT_CONTROLS}
@@ -38,6 +35,7 @@ class ChatOptions:
     url: str = URL_DEFAULT
     model: str | None = None  # None: the first of /v1/models
     api_key: str | None = field(default=None, repr=False)
+    certificates: Certificates = field(default_factory=Certificates)
     system: str | None = None
     max_tokens: int | None = None  # None: the server's default
     temperature: float | None = None  # likewise
@@ -57,7 +55,8 @@ def run(options: ChatOptions) -> int:
     """The exit status. Reads standard input unless there is a prompt."""
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # odd bytes are no reason to end
-    with Server(options.url, model=options.model, api_key=options.api_key) as server:
+    context = options.certificates.context()
+    with Server(options.url, model=options.model, api_key=options.api_key, context=context) as server:
         return Chat(options, server, Screen(options.timings), line_reader(sys.stdin)).run()
 
 
@@ -83,12 +82,12 @@ class Chat:
             return self._turns()
         except Unreachable as error:
             self._screen.trouble(str(error))
-            return STATUS_FAILED
+            return FAILED
         except KeyboardInterrupt:
             self._screen.leave()
-            return STATUS_INTERRUPTED
+            return INTERRUPTED
         except BrokenPipeError:  # `triptych chat | head`: nobody reads any more
-            return STATUS_BROKEN_PIPE
+            return BROKEN_PIPE
 
     def _turns(self) -> int:
         status = 0
@@ -126,11 +125,11 @@ class Chat:
         except Unreachable:
             raise
         except ServerError as error:
-            status = STATUS_FAILED
+            status = FAILED
             self._screen.end_answer(answer)
             self._screen.trouble(str(error))
         except KeyboardInterrupt:
-            status = STATUS_INTERRUPTED
+            status = INTERRUPTED
             self._screen.end_answer(answer)
             self._screen.remark("stopped")
         else:

@@ -4,6 +4,7 @@ Pieces of text come out as they come in. Whatever goes wrong on the way is a `Se
 """
 
 import json
+import ssl
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ import msgspec
 
 from engine.base import limits
 from engine.base.errors import FrameError
+from triptych.dialect import Error, Usage, error_message, first_model
 from triptych.events import DONE, EventLines
 
 PATH: Final = "/v1/chat/completions"
@@ -31,26 +33,12 @@ class Unreachable(ServerError):
     """There is nobody to talk to."""
 
 
-class _Details(msgspec.Struct):
-    cached_tokens: int | None = None
-
-
-class _Usage(msgspec.Struct):
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    prompt_tokens_details: _Details | None = None
-
-
 class _Delta(msgspec.Struct):
     content: str | None = None
 
 
 class _Choice(msgspec.Struct):
     delta: _Delta | None = None
-
-
-class _Error(msgspec.Struct):
-    message: str = ""
 
 
 class _Transfer(msgspec.Struct):
@@ -63,17 +51,9 @@ class _Transfer(msgspec.Struct):
 
 class _Chunk(msgspec.Struct):
     choices: list[_Choice] = []
-    usage: _Usage | None = None
-    error: _Error | None = None
+    usage: Usage | None = None
+    error: Error | None = None
     triptych: _Transfer | None = None
-
-
-class _Model(msgspec.Struct):
-    id: str
-
-
-class _Models(msgspec.Struct):
-    data: list[_Model]
 
 
 @dataclass(slots=True)
@@ -83,7 +63,7 @@ class Receipt:
     sent_s: float = 0.0
     first_s: float | None = None
     last_s: float = 0.0
-    usage: _Usage = field(default_factory=_Usage)
+    usage: Usage = field(default_factory=Usage)
     transfer: _Transfer | None = None
 
     def __str__(self) -> str:
@@ -93,12 +73,10 @@ class Receipt:
         if self.first_s is None:
             return
         yield f"first token {(self.first_s - self.sent_s) * 1e3:.0f} ms"
-        tokens, seconds = self.usage.completion_tokens, self.last_s - self.first_s
+        tokens, seconds = self.usage.output_tokens, self.last_s - self.first_s
         if tokens > 1 and seconds > 0:
             yield f"{(tokens - 1) / seconds:.1f} tokens/s"
-        details = self.usage.prompt_tokens_details
-        cached = (details.cached_tokens or 0) if details is not None else 0
-        yield f"{self.usage.prompt_tokens} in ({cached} cached), {tokens} out"
+        yield f"{self.usage.prompt_tokens} in ({self.usage.cached_tokens} cached), {tokens} out"
         if self.transfer is not None and self.transfer.codec:
             wire, raw = self.transfer.kv_bytes_wire, self.transfer.kv_bytes_raw
             yield f"KV {self.transfer.codec} {_size(wire)} of {_size(raw)}"
@@ -113,6 +91,7 @@ class Server:
         *,
         model: str | None = None,
         api_key: str | None = None,
+        context: ssl.SSLContext | None = None,
         transport: httpx.BaseTransport | None = None,
         now_s: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -121,7 +100,7 @@ class Server:
             headers["authorization"] = f"Bearer {api_key}"
         timeout = httpx.Timeout(SILENCE_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
         self._url = url.rstrip("/")
-        self._client = httpx.Client(headers=headers, timeout=timeout, transport=transport)
+        self._client = httpx.Client(headers=headers, timeout=timeout, verify=context or True, transport=transport)
         self._now_s = now_s
         self._model = model  # None: the first that it lists
 
@@ -146,10 +125,10 @@ class Server:
         response = self._client.get(f"{self._url}/v1/models")
         if response.status_code != httpx.codes.OK:
             raise _refused(response, response.content)
-        models = msgspec.json.decode(response.content, type=_Models).data
-        if not models:
+        model = first_model(response.content)
+        if model is None:
             raise ServerError("the server has no model")
-        return models[0].id
+        return model
 
     def answer(self, body: dict[str, Any], receipt: Receipt) -> Generator[str, None, None]:
         """Pieces of text as they come. Raises `ServerError`. Closing it ends the answer at the server too."""
@@ -208,10 +187,10 @@ def _beginning(response: httpx.Response) -> bytes:
 
 def _refused(response: httpx.Response, body: bytes) -> ServerError:
     try:
-        error = msgspec.json.decode(body, type=_Chunk).error
+        message = error_message(body)
     except msgspec.MsgspecError:
-        error = None
-    message = error.message if error is not None and error.message else response.reason_phrase
+        message = ""
+    message = message or response.reason_phrase
     retry_after = response.headers.get("retry-after")
     return ServerError(
         f"{response.status_code}: {message}" + (f" (retry after {retry_after} s)" if retry_after else "")

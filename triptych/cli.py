@@ -3,10 +3,11 @@
     triptych/commands/    a file per command
     triptych/settings     what may be set;  `flags` makes the command line of it, `sources` merges files and variables
 
-Exit status: 2 for what the person at the terminal can mend, in one line that names it; 1 for a failure; 130 after
-Ctrl-C. A traceback means a bug of ours.
+Exit statuses are in `statuses`; what the person at the terminal can mend is told in one line that names it. A traceback
+means a bug of ours.
 """
 
+import errno
 import importlib.metadata
 import os
 import sys
@@ -30,10 +31,9 @@ from triptych.commands.router import router
 from triptych.commands.serve import serve
 from triptych.commands.worker import worker
 from triptych.mistakes import ConfigError
+from triptych.statuses import FAILED, INTERRUPTED, MISTAKE
 
-FAILURE = 1
-MISTAKE = 2
-INTERRUPTED = 130  # 128 and SIGINT's number, as shells have it
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # the disk's trouble, wherever the bytes were to go
 
 SERVING = "Serving"
 LOOKING = "Asking and looking"
@@ -95,13 +95,20 @@ def _tell_mistakes(run: Callable[[], object]) -> None:
     except OptionError as error:
         _end(MISTAKE, f"--{error.option}: {error}")
     except TriptychError as error:
-        _end(FAILURE, error.message)
+        _end(FAILED, error.message)
     except KeyboardInterrupt:  # outside of a command; within one, typer does the same
         raise SystemExit(INTERRUPTED) from None
     except OSError as error:
-        if error.filename is None:  # not about a file that somebody named
-            raise
+        _tell_trouble_with_files(error)
+
+
+def _tell_trouble_with_files(error: OSError) -> None:
+    if error.filename is not None:
         _end(MISTAKE, f"{error.filename}: {error.strerror}")
+    if error.errno not in UNWRITABLE:  # not about a file that somebody named
+        raise error
+    _discard_output()
+    _end(FAILED, f"cannot write: {error.strerror}")
 
 
 def _end(status: int, *lines: str) -> None:
@@ -115,4 +122,11 @@ def _flush() -> None:
     try:
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
+    except OSError as error:
+        _tell_trouble_with_files(error)
+
+
+def _discard_output() -> None:
+    """What is left of it too: Python would try again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

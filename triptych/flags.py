@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from deploy.children import PREFIX
 from triptych.mistakes import ConfigError
-from triptych.settings import NEEDED, PREFIX, Setting, setting, settings_of
+from triptych.settings import NEEDED, Setting, setting, settings_of
 
 if TYPE_CHECKING:
     from triptych.sources import Configured
@@ -45,6 +46,15 @@ KeyFlag = Annotated[
     ),
 ]
 """Of a client, which has one."""
+
+
+def _pem(flag: str, help: str) -> Any:
+    return typer.Option(flag, help=help, metavar="FILE", rich_help_panel="Certificates")
+
+
+CacertFlag = Annotated[Path | None, _pem("--cacert", "Who signed the server's certificate; default: the system's.")]
+CertFlag = Annotated[Path | None, _pem("--cert", "One's own certificate, where the server asks for one.")]
+CertKeyFlag = Annotated[Path | None, _pem("--key", "Its private key; default: in the same file.")]
 
 
 def configured_by(kind: type, *, positional: str = "") -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -27,12 +27,12 @@ from control_plane.options import (
     RouterOptions,
     WorkerOptions,
 )
+from deploy.children import PREFIX
 from deploy.options import ServeOptions
 from engine.base import limits
 
 Options = TypeVar("Options")
 
-PREFIX: Final = "TRIPTYCH_"
 REQUIRED: Final = dataclasses.MISSING  # the default of what has none
 
 NEEDED = "Needed"
@@ -91,10 +91,6 @@ class Setting:
     @property
     def several(self) -> bool:
         return typing.get_origin(self.type) in (tuple, frozenset)
-
-    @property
-    def may_be_none(self) -> bool:
-        return type(None) in typing.get_args(self.type)
 
 
 def settings_of(options: type) -> tuple[Setting, ...]:
@@ -193,8 +189,9 @@ _EDGE = {
     ),
 }
 _LISTENING = {
-    "host": Said(help="Address to listen on; 0.0.0.0 opens it to the network.", panel=NETWORK),
+    "host": Said(help="Where clients are listened to; 0.0.0.0 opens it to the network.", panel=NETWORK),
     "port": Said(help="OpenAI-compatible HTTP.", panel=NETWORK),
+    "admin_host": Said(help="Where the admin port listens, which asks for no key.", panel=NETWORK),
     "admin_port": Said(help="Health, metrics and administration.", panel=NETWORK),
     "grpc_port": Said(help="gRPC inference API.", panel=NETWORK),
 }

@@ -31,10 +31,10 @@ from pydantic_settings import (
 )
 
 from control_plane.options import OptionError
-from deploy.children import OWN_VARIABLES
+from deploy.children import OWN_VARIABLES, PREFIX
 from triptych.config_file import Entry, read_entries
 from triptych.mistakes import ConfigError, nearest, wrong_value
-from triptych.settings import COMMANDS, PREFIX, Options, Setting, build, settings_of
+from triptych.settings import COMMANDS, Options, Setting, build, settings_of
 
 CONFIG_VARIABLE: Final = f"{PREFIX}CONFIG"
 MASK: Final = "***"
@@ -104,6 +104,8 @@ def read(kind: type[Options], flags: Mapping[str, Any], file: Path | None = None
     found = {s.name: Found(s, getattr(merged, s.key), origins[s.name]) for s in settings}
     if missing := [_needed(each.setting) for each in found.values() if each.setting.required and not each.value]:
         raise ConfigError(*missing)
+    if keyless := list(_keyless(found.values())):
+        raise ConfigError(*keyless)
     return Configured(kind, found)
 
 
@@ -126,6 +128,7 @@ def schema(kind: type) -> dict[str, Any]:
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "type": "object",
         "properties": {s.name: _property(s, written["properties"][s.key]) for s in settings},
+        "patternProperties": {_either(s.name): {"$ref": f"#/properties/{s.name}"} for s in settings if "-" in s.name},
         "additionalProperties": False,
         "$defs": written["$defs"],
     }
@@ -252,10 +255,27 @@ def _needed(setting: Setting) -> str:
     return f"--{setting.name}: is needed; or set {setting.variable}, or '{setting.name}' in a file"
 
 
+def _keyless(found: Iterable[Found]) -> Iterator[str]:
+    """A secret that was given and is empty, as by a script whose own variable was not set: a person who gives one
+    believes that it is asked for. An empty variable is none to pydantic-settings, so it is looked for here."""
+    for each in found:
+        if not each.setting.said.secret or each.value:
+            continue
+        is_default = each.origin.source is Source.DEFAULT
+        origin = Origin(Source.ENVIRONMENT, each.setting.variable) if is_default else each.origin
+        if not is_default or each.setting.variable in os.environ:
+            yield f"{_place(each.setting, origin)}: holds no key; leave it out for a server without keys"
+
+
 def _property(setting: Setting, written: Mapping[str, Any]) -> dict[str, Any]:
     kept = {name: value for name, value in written.items() if name not in ("title", "default")}
     said = {"description": setting.said.help} | kept
     return said if setting.required else said | {"default": plain(setting.default)}
+
+
+def _either(name: str) -> str:
+    """Underscores are as good, and editors that complete names offer only the other."""
+    return f"^{name.replace('-', '[-_]')}$"
 
 
 def _key(name: str) -> str:

@@ -195,7 +195,7 @@ class _Router:
             mint_id=lambda: secrets.token_hex(12),
         )
         self._validator = Validator(
-            ValidationConfig(codecs=_codecs()),
+            ValidationConfig(codecs=_codecs(), tenants=len(served.keys.names)),
             card=card,
             vocabulary=served.vocabulary,
             draw_seed=lambda: secrets.randbelow(limits.SEED_MAX),
@@ -358,4 +358,4 @@ def _chat_template(model: ModelChoice, edge: EdgeOptions) -> ChatTemplate | None
     try:
         return ChatTemplate.from_model_dir(model.path, edge.chat_template)
     except InvalidArgument as error:
-        raise OptionError("chat-template", error.message) from None
+        raise OptionError("chat-template", error.message.removeprefix("chat-template: ")) from None

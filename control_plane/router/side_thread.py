@@ -89,7 +89,7 @@ class SideThread:
 
     async def run(self, work: Callable[[], Result], *, wait_ms: int, tenant: str = "") -> Result:
         self._check_room(tenant)
-        job = Job(tenant, work, asyncio.get_running_loop().create_future())
+        job: Job[Result] = Job(tenant, work, asyncio.get_running_loop().create_future())
         self._places.take(tenant, 1)
         self._turns.append(job)
         self._start_next()

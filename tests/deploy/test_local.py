@@ -1,12 +1,16 @@
 """The launcher's own decisions; whole clusters are in tests/procs."""
 
 import asyncio
+import re
 import signal
 import ssl
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import trustme
@@ -139,17 +143,69 @@ async def test_a_stranger_is_not_let_in_where_certificates_are_asked_for(edge: E
     assert await cluster.stop()
 
 
-async def test_what_is_announced_works_when_it_is_copied(edge: EdgeOptions, capsys: pytest.CaptureFixture[str]) -> None:
-    for options, words in (
-        (EdgeOptions(), "  curl http://127.0.0.1:"),
-        (EdgeOptions(api_keys=("sk-secret",)), '  curl -H "authorization: Bearer $TRIPTYCH_API_KEY" http://'),
-        (replace(edge, ssl_ca_certs=None), "  curl --cacert CA.pem https://127.0.0.1:"),
-        (edge, "  curl --cacert CA.pem --cert CLIENT.pem https://127.0.0.1:"),
+# -- what is announced -------------------------------------------------------------------------------------------------
+async def announced(options: ServeOptions, capsys: pytest.CaptureFixture[str], *, takes_chats: bool = True) -> str:
+    cluster = LocalCluster(options)
+    local._announce(cluster, 1.0, takes_chats=takes_chats)
+    assert await cluster.stop()
+    return capsys.readouterr().out
+
+
+async def test_the_announcement_names_what_a_client_must_show(
+    edge: EdgeOptions, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for options, curl, chat in (
+        (EdgeOptions(), "curl http://127.0.0.1:", ""),
+        (EdgeOptions(api_keys=("sk-secret",)), 'curl -H "authorization: Bearer $TRIPTYCH_API_KEY" http://', ""),
+        (replace(edge, ssl_ca_certs=None), "curl --cacert CA.pem https://127.0.0.1:", " --cacert CA.pem"),
+        (edge, "curl --cacert CA.pem --cert CLIENT.pem https://", " --cacert CA.pem --cert CLIENT.pem"),
     ):
-        cluster = LocalCluster(replace(any_ports(), edge=options))
-        local._announce(cluster, 1.0)
-        printed = capsys.readouterr().out
-        assert words in printed
-        assert f"triptych chat --url {cluster.url}\n" in printed
+        printed = await announced(replace(any_ports(), edge=options), capsys)
+        assert f"  {curl}" in printed
+        assert re.search(rf"  triptych chat --url https?://127.0.0.1:\d+{chat}\n", printed)
         assert "sk-secret" not in printed
-        assert await cluster.stop()
+
+
+async def test_a_model_without_a_chat_template_is_not_announced_as_one_that_talks(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    printed = await announced(any_ports(), capsys, takes_chats=False)
+    assert "/v1/completions" in printed
+    assert "chat" not in printed
+
+
+@pytest.mark.parametrize(("host", "shown"), [("0.0.0.0", "127.0.0.1"), ("127.0.0.1", "127.0.0.1")])
+async def test_what_is_announced_is_an_address_that_can_be_dialled(
+    host: str, shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed = await announced(replace(any_ports(), host=host), capsys)
+    assert f"http://{shown}:" in printed
+    assert "0.0.0.0" not in printed
+
+
+async def test_opening_the_host_leaves_the_admin_port_at_home() -> None:
+    cluster = LocalCluster(replace(any_ports(), host="0.0.0.0"))
+    flags = list(pairwise(cluster.router.arguments))
+    assert ("--host", "0.0.0.0") in flags
+    assert ("--admin-host", "127.0.0.1") in flags
+    assert await cluster.stop()
+
+
+# -- chat templates ----------------------------------------------------------------------------------------------------
+def test_a_wrong_chat_template_is_found_before_anything_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
+    options = EdgeOptions(chat_template=template)
+    assert local._takes_chats(options, tmp_path)
+    assert not local._takes_chats(EdgeOptions(), tmp_path), "the checkpoint has none of its own"
+    template.write_text("{% for")
+    with pytest.raises(OptionError, match=r"^the chat template is not a jinja template$") as caught:
+        local._takes_chats(options, tmp_path)
+    assert caught.value.option == "chat-template"
+    monkeypatch.setattr(local, "choose_model", lambda *_, **__: SimpleNamespace(path=tmp_path, schema=None))
+    for other in ("choose_profile", "configure_logging", "_serve"):
+        monkeypatch.setattr(local, other, lambda *_, **__: None)
+    with pytest.raises(OptionError, match="chat template"):
+        local.serve(ServeOptions(edge=options))

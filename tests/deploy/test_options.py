@@ -27,8 +27,10 @@ def test_a_mixed_worker_alone_is_a_cluster() -> None:
         ({"encode": 1}, "encode"),
         ({"prefill": -1}, "prefill"),
         ({"prefill": 0}, "prefill"),
-        ({"decode": 0}, "prefill"),
+        ({"decode": 0}, "decode"),
         ({"prefill": 2_000}, "prefill"),
+        ({"prefill": 2, "decode": 2_000}, "decode"),
+        ({"mixed": 10**18}, "mixed"),  # no list of so many is made before
         ({"port": 70_000}, "port"),
         ({"port": 9_000, "admin_port": 9_000}, "admin-port"),
         ({"drain_timeout_s": -1.0}, "drain-timeout"),

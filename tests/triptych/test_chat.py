@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -17,8 +18,10 @@ from typing import Any
 
 import httpx
 import pytest
+import trustme
 
 from control_plane.options import OptionError
+from triptych.access import Certificates
 from triptych.chat import Chat, ChatOptions, Screen, line_reader, read_message
 from triptych.chat_server import Server
 
@@ -255,6 +258,7 @@ def test_ctrl_c_ends_a_single_question() -> None:
     [
         ({"url": "host:1"}, "url"),
         ({"api_key": "é"}, "api-key"),
+        ({"api_key": "one two"}, "api-key"),
         ({"max_tokens": 0}, "max-tokens"),
         ({"temperature": -0.1}, "temperature"),
     ],
@@ -278,7 +282,7 @@ def process(url: str, stdin: bytes) -> subprocess.CompletedProcess[bytes]:
 
 
 @contextmanager
-def listening() -> Iterator[tuple[str, list[dict[str, Any]]]]:
+def listening(context: ssl.SSLContext | None = None) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """A server over a real socket that always answers the same; its address, and what it was asked."""
     asked: list[dict[str, Any]] = []
 
@@ -298,11 +302,16 @@ def listening() -> Iterator[tuple[str, list[dict[str, Any]]]]:
 
         def log_message(self, format: str, *values: Any) -> None: ...
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    class Quiet(ThreadingHTTPServer):
+        def handle_error(self, request: Any, address: Any) -> None: ...
+
+    with Quiet(("127.0.0.1", 0), Handler) as server:
+        if context is not None:
+            server.socket = context.wrap_socket(server.socket, server_side=True)
         thread = Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         try:
-            yield f"http://127.0.0.1:{server.server_port}", asked
+            yield f"http{'s' if context else ''}://127.0.0.1:{server.server_port}", asked
         finally:
             server.shutdown()
             thread.join()
@@ -314,6 +323,74 @@ def test_a_piped_session_is_plain_text_whatever_bytes_are_in_it() -> None:
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, b"Hello\nHello\n", b"")
     said = [[message["content"] for message in body["messages"]] for body in asked]
     assert said == [["hi\N{REPLACEMENT CHARACTER}"], ["hi\N{REPLACEMENT CHARACTER}", "Hello", "and?"]]
+
+
+# -- certificates ------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def private_server(tmp_path: Path) -> Iterator[str]:
+    """Of an authority that nobody knows (`ca.pem`), which wants a certificate from its clients too (`own.pem`)."""
+    authority = trustme.CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    authority.configure_trust(context)
+    context.verify_mode = ssl.CERT_REQUIRED
+    own = authority.issue_cert("client@example.org")
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    own.private_key_and_cert_chain_pem.write_to_path(tmp_path / "own.pem")
+    own.private_key_pem.write_to_path(tmp_path / "own.key")
+    own.cert_chain_pems[0].write_to_path(tmp_path / "own.crt")
+    with listening(context) as (url, _):
+        yield url
+
+
+@pytest.mark.parametrize("own", ["--cert own.pem", "--cert own.crt --key own.key"])
+@pytest.mark.parametrize(
+    ("command", "shows"), [("chat hi", "Hello\n"), ("bench serve --num-prompts 1 --num-warmups 0", "completed")]
+)
+def test_a_server_with_a_private_authority_is_reached(
+    command: str, shows: str, own: str, private_server: str, tmp_path: Path
+) -> None:
+    ended = triptych(f"{command} --url {private_server} --cacert ca.pem {own}", tmp_path)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert shows in ended.stdout
+
+
+@pytest.mark.parametrize("command", ["chat hi", "bench serve --num-prompts 1"])
+def test_a_server_of_unknown_authority_is_not_believed(command: str, private_server: str, tmp_path: Path) -> None:
+    ended = triptych(f"{command} --url {private_server} --cert own.pem", tmp_path)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert "certificate verify failed" in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("files", "option"),
+    [
+        ({"cacert": "none.pem"}, "cacert"),
+        ({"key": "own.key"}, "cert"),
+        ({"cacert": "own.key"}, "cacert"),
+        ({"cert": "own.crt"}, "cert"),
+    ],
+)
+@pytest.mark.usefixtures("private_server")
+def test_what_is_no_certificate_is_refused_by_its_flag(files: dict[str, str], option: str, tmp_path: Path) -> None:
+    with pytest.raises(OptionError) as caught:
+        Certificates(**{name: tmp_path / file for name, file in files.items()}).context()
+    assert caught.value.option == option
+
+
+def triptych(arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "NO_PROXY": "*", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-m", "triptych", *arguments.split()],
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=15,
+        check=False,
+    )
 
 
 def test_nobody_there_is_one_line_and_status_1() -> None:

@@ -38,6 +38,7 @@ from engine.batching import batchings
 from engine.types import Role
 from kv_transfer.codecs import codecs
 from triptych import cli
+from triptych.access import Certificates
 from triptych.chat import ChatOptions
 from triptych.load.options import Endpoint, LoadOptions, Slo
 from triptych.settings import COMMANDS as CONFIGURED
@@ -97,7 +98,7 @@ def test_what_there_is_to_do() -> None:
     assert set(COMMANDS) == {
         *("serve", "worker", "router", "controller"),
         *("chat", "bench serve", "methods", "config show", "config schema"),
-        *("fit", "measure", "profile"),
+        *("fit", "measure", "profile", "encode-demo"),
     }
 
 
@@ -222,23 +223,36 @@ def test_chat_and_bench_can_be_told_all_that_their_options_have(
     given: list[Any] = []
     prompts = tmp_path / "prompts"
     prompts.touch()
+    certificates = f"--cacert {prompts} --cert {prompts} --key {prompts}"
+    pem = Certificates(cacert=prompts, cert=prompts, key=prompts)
     monkeypatch.setattr("triptych.chat.run", lambda options: given.append(options) or 0)
     instead_of(monkeypatch, "triptych.load.command.run", lambda options: given.append(options) or 0)
-    chat = "chat Hi --url http://h --model m --api-key k --system s --max-tokens 7 --temperature 0.5 --timings"
-    bench = f"""bench serve --url http://h --model m --api-key k --endpoint chat --num-prompts 7 --request-rate 2
-        --burstiness 0.5 --max-concurrency 3 --num-warmups 0 --seed 5 --timeout 9 --duration 8 --prompts {prompts}
+    chat = f"""chat Hi --url http://h --model m --api-key k {certificates} --system s --max-tokens 7
+        --temperature 0.5 --timings"""
+    bench = f"""bench serve --url http://h --model m --api-key k {certificates} --endpoint chat --num-prompts 7
+        --request-rate 2 --burstiness 0.5 --max-concurrency 3 --num-warmups 0 --seed 5 --timeout 9 --duration 8
+        --prompts {prompts}
         --random-input-len 64 --random-output-len 8 --random-range-ratio 0.5 --random-prefix-len 4 --ignore-eos
         --temperature 0.5 --goodput ttft:300 --slo-headers --result-filename {tmp_path / "out"}"""
     main(capsys, monkeypatch, *chat.split())
     main(capsys, monkeypatch, *bench.split())
     assert given == [
         ChatOptions(
-            url="http://h", model="m", api_key="k", system="s", max_tokens=7, temperature=0.5, prompt="Hi", timings=True
+            url="http://h",
+            model="m",
+            api_key="k",
+            certificates=pem,
+            system="s",
+            max_tokens=7,
+            temperature=0.5,
+            prompt="Hi",
+            timings=True,
         ),
         LoadOptions(
             url="http://h",
             model="m",
             api_key="k",
+            certificates=pem,
             endpoint=Endpoint.CHAT,
             requests=7,
             duration_s=8.0,
@@ -453,6 +467,13 @@ def test_nobody_reading_is_no_error(command: str) -> None:
     ended = started(f"triptych {command} | true; exit ${{PIPESTATUS[0]}}")
     assert ended.stderr == ""
     assert ended.returncode in (0, 1)
+
+
+@pytest.mark.parametrize("command", ["methods", "config schema", "--version", "serve --help"])
+@pytest.mark.parametrize("buffered", ["", "1"])
+def test_a_full_disk_is_one_line(command: str, buffered: str) -> None:
+    ended = started(f"triptych {command} > /dev/full", PYTHONUNBUFFERED=buffered)
+    assert (ended.returncode, ended.stderr) == (1, "triptych: cannot write: No space left on device\n")
 
 
 def test_nobody_reading_what_is_printed_last_is_no_error_either() -> None:

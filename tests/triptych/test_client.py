@@ -39,6 +39,8 @@ from triptych.client import (
 from triptych.client.connection import ERRORS, Terms
 from triptych.client.requests import generate_request
 
+PROMPT = "prompt: must be text, a list of token ids, or a list of messages"
+MESSAGES = "messages: must be a list of {'role': text, 'content': text}"
 STOP, LENGTH = FinishReason.STOP, FinishReason.LENGTH
 
 
@@ -210,6 +212,37 @@ async def test_a_stream_closed_by_another_task_tells_its_reader(served: Server) 
             await reading
 
 
+async def test_a_reader_that_is_cancelled_itself_is_told_so_even_of_a_closed_stream(served: Server) -> None:
+    async with AsyncClient(served.address) as client:
+        stream = await begun(served, client)
+        reading = asyncio.create_task(anext(stream))
+        await asyncio.sleep(0)
+        stream.close()
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+
+
+async def test_a_client_that_is_closed_ends_its_streams_and_says_so(served: Server) -> None:
+    client = AsyncClient(served.address)
+    reading, stream = await begun(served, client), await begun(served, client)
+    task = asyncio.create_task(anext(reading))
+    await asyncio.sleep(0)
+    await client.close()
+    for waiting in (task, anext(stream)):
+        with pytest.raises(Cancelled):
+            await waiting
+
+
+async def test_after_close_every_call_fails_alike(make: Any, served: Server) -> None:
+    async with make(served.address) as client:
+        pass
+    calls = (lambda: client.complete("a"), lambda: client.abort("a"), client.model_info, client.ready)
+    for call in calls:
+        with pytest.raises(FailedPrecondition, match="the client is closed"):
+            await call()
+
+
 async def test_abort_ends_a_request_by_its_id(served: Server, client: Any) -> None:
     stream = await begun(served, client)
     await client.abort("id1")
@@ -275,6 +308,14 @@ def test_a_key_is_not_shown() -> None:
     assert "sk-acme" not in repr(Terms(api_key="sk-acme", timeout_s=1.0))
 
 
+@pytest.mark.parametrize("key", ["", "a\nb", "a b", "schlüssel"])
+def test_what_is_no_key_is_refused_before_it_is_in_a_header(key: str) -> None:
+    for kind in (Client, AsyncClient):
+        with pytest.raises(InvalidArgument) as raised:
+            kind("127.0.0.1:1", api_key=key)
+        assert raised.value.field == "api_key"
+
+
 async def test_a_deadline_ends_both_sides(served: Server, client: Any) -> None:
     with pytest.raises(DeadlineExceeded):
         await client.complete([1], timeout_s=0.05)
@@ -321,6 +362,28 @@ async def test_tls(make: Any, tmp_path: Path) -> None:
             await client.model_info()
     await server.channel.close()
     await server.server.stop(grace=None)
+
+
+async def test_a_certificate_with_its_key_in_one_file(make: Any, tmp_path: Path) -> None:
+    authority = trustme.CA()
+    certificate, own = authority.issue_cert("localhost"), authority.issue_cert("client@example.org")
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    own.private_key_and_cert_chain_pem.write_to_path(tmp_path / "own.pem")
+    server = Server(Router())
+    pair = certificate.private_key_pem.bytes(), certificate.cert_chain_pems[0].bytes()
+    asking = grpc.ssl_server_credentials([pair], authority.cert_pem.bytes(), require_client_auth=True)
+    port = server.server.add_secure_port("localhost:0", asking)
+    await server.server.start()
+    tls = Tls(ca_file=tmp_path / "ca.pem", cert_file=tmp_path / "own.pem")
+    async with make(f"localhost:{port}", tls=tls) as client:
+        assert (await client.model_info()).model == "tiny"
+    await server.channel.close()
+    await server.server.stop(grace=None)
+
+
+def test_a_key_without_a_certificate_is_a_mistake(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgument, match="key_file: needs a cert_file"):
+        Tls(key_file=tmp_path / "key.pem")
 
 
 # -- facts -------------------------------------------------------------------------------------------------------------
@@ -388,22 +451,37 @@ def test_options_are_set_as_they_are_given() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "options", "field"),
+    ("prompt", "options", "told"),
     [
-        ([-1], {}, "prompt"),
-        ([1.5], {}, "prompt"),
-        ([{"role": 1}], {}, "messages"),
-        ([{"rôle": "user"}], {}, "messages"),
-        ("a", {"max_tokens": -1}, "max_tokens"),
-        ("a", {"temperature": "hot"}, "temperature"),
-        ("a", {"logit_bias": {-1: 0.0}}, "logit_bias"),
-        ("a", {"add_generation_prompt": True}, "add_generation_prompt"),
+        ([-1], {}, PROMPT),
+        ([1.5], {}, PROMPT),
+        (7, {}, PROMPT),
+        ({"role": "user"}, {}, PROMPT),
+        ([{"role": 1}], {}, MESSAGES),
+        ([{"rôle": "user"}], {}, MESSAGES),
+        ([{"role": "user", "content": [{"type": "text", "text": "secret"}]}], {}, MESSAGES),
+        ("a", {"max_tokens": -1}, "max_tokens: must be a whole number from 0 to 4294967295"),
+        ("a", {"temperature": "hot"}, "temperature: must be a number"),
+        ("a", {"stop": [1]}, "stop: must be a list of texts"),
+        ("a", {"stop": 1}, "stop: must be a list of texts"),
+        ("a", {"choice": [1]}, "choice: must be a list of texts"),
+        ("a", {"choice": 1}, "choice: must be a list of texts"),
+        ("a", {"ignore_eos": "yes"}, "ignore_eos: must be true or false"),
+        ("a", {"json_schema": {"a": {1}}}, "json_schema: must be what JSON can hold"),
+        ("a", {"logit_bias": {-1: 0.0}}, "logit_bias: must be token ids and numbers"),
+        ("a", {"add_generation_prompt": True}, "add_generation_prompt: needs a conversation as the prompt"),
     ],
 )
-def test_what_no_message_can_hold_is_refused_by_name(prompt: Any, options: Any, field: str) -> None:
+def test_what_no_message_can_hold_is_refused_by_name(prompt: Any, options: Any, told: str) -> None:
     with pytest.raises(InvalidArgument) as raised:
         generate_request(prompt, options)
-    assert raised.value.field == field and raised.value.message.startswith(f"{field}: ")
+    assert (raised.value.message, raised.value.field) == (told, told.partition(":")[0])
+
+
+@pytest.mark.parametrize("name", sorted(Options.__annotations__))
+def test_every_option_has_words_for_what_it_holds(name: str) -> None:
+    with pytest.raises(InvalidArgument, match=f"^{name}: must be [^<>]*$"):
+        generate_request([{"role": "user"}], {name: object()})  # type: ignore[misc]
 
 
 def test_an_unknown_option_is_a_mistake_of_the_program() -> None:

@@ -23,6 +23,7 @@ from control_plane.options import OptionError
 from engine.base.errors import FrameError
 from triptych.events import LINE_BYTES_MAX, EventLines
 from triptych.load.arrivals import arrival_times_s
+from triptych.load.client import headers
 from triptych.load.command import run
 from triptych.load.figures import Effort, figures
 from triptych.load.measurement import Measured, ServerTrouble, measure
@@ -46,13 +47,18 @@ NO_EFFORT = Effort(cpu_s=0.0, in_flight_highest=0)
         ({"url": "http://" + "a" * 64}, "url"),
         ({"url": "http://a b"}, "url"),
         ({"api_key": "a\nb"}, "api-key"),
+        ({"api_key": "one two"}, "api-key"),
+        ({"api_key": ""}, "api-key"),
         ({"requests": 0}, "num-prompts"),
         ({"rate": 0.0}, "request-rate"),
         ({"rate": math.nan}, "request-rate"),
         ({"burstiness": 0.0}, "burstiness"),
         ({"duration_s": 0.0}, "duration"),
         ({"concurrency": 0}, "max-concurrency"),
-        ({"input_len": 8, "prefix_len": 8}, "random-prefix-len"),
+        ({"prefix_len": -1}, "random-prefix-len"),
+        ({"slo_headers": True}, "slo-headers"),
+        ({"slo_headers": True, "slo": Slo(e2el_ms=1.0)}, "slo-headers"),
+        ({"out": Path("no-such-folder") / "file"}, "result-filename"),
         ({"range_ratio": 1.0}, "random-range-ratio"),
         ({"prompts": Path("no-such-file")}, "prompts"),
         ({"timeout_s": math.inf}, "timeout"),
@@ -109,10 +115,11 @@ def test_an_infinite_rate_is_everything_at_once() -> None:
 
 # -- prompts -----------------------------------------------------------------------------------------------------------
 def test_random_prompts_have_the_lengths_asked_for_and_one_prefix() -> None:
+    """The prefix comes on top and does not vary, as in vLLM."""
     options = LoadOptions(input_len=100, prefix_len=20, output_len=10, range_ratio=0.5)
     drawn = list(islice(prompts(options), 300))
     lengths = {len(prompt.content) - 20 for prompt in drawn}
-    assert (min(lengths), max(lengths)) == (40, 120)
+    assert (min(lengths), max(lengths)) == (50, 150)
     assert {prompt.max_tokens for prompt in drawn} == set(range(5, 16))
     assert len({tuple(prompt.content[:20]) for prompt in drawn}) == 1
     assert len({tuple(prompt.content[20:36]) for prompt in drawn}) == 300
@@ -450,6 +457,21 @@ def test_the_server_is_told_of_the_slo_if_that_is_wanted() -> None:
         assert "x-slo-tpot-ms" not in script.requests[0].headers
 
 
+@pytest.mark.parametrize(("ms", "said"), [(0.2, "1"), (1.0, "1"), (299.4, "300"), (300.0, "300")])
+def test_the_server_is_told_whole_milliseconds_and_never_none(ms: float, said: str) -> None:
+    told = headers(LoadOptions(slo=Slo(ttft_ms=ms, tpot_ms=ms), slo_headers=True))
+    assert (told["x-slo-ttft-ms"], told["x-slo-tpot-ms"]) == (said, said)
+
+
+def test_a_server_that_does_not_say_its_models_is_quoted() -> None:
+    class Locked(Script):
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            return httpx.Response(401, stream=httpx.ByteStream(b'{"error": {"message": "a key is needed"}}'))
+
+    with pytest.raises(ServerTrouble, match=r"/v1/models: status 401: a key is needed$"):
+        measured(Locked(), replace(OPTIONS, model=None))
+
+
 def test_trouble_in_the_warm_up_is_told_in_one_line() -> None:
     with pytest.raises(ServerTrouble, match="status 400: come back later"):
         measured(Script(status=400), replace(OPTIONS, warmup=1))
@@ -508,6 +530,11 @@ def test_the_document_has_vllms_keys_and_is_json() -> None:
     }
     assert latencies | others | {"duration", "num_prompts", "model_id"} <= written.keys()
     assert (written["date"], written["request_rate"]) == ("20250102-030405", "inf")
+
+
+def test_the_document_counts_the_prompts_that_were_sent() -> None:
+    values = values_of(Script(ANSWER), replace(OPTIONS, requests=1_000, concurrency=1, duration_s=10.0))
+    assert document(OPTIONS, "m", values, datetime.datetime(2025, 1, 2))["num_prompts"] == values["completed"] == 6
 
 
 # -- the command -------------------------------------------------------------------------------------------------------

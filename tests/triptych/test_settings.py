@@ -18,11 +18,11 @@ from control_plane.options import (
     RouterOptions,
     WorkerOptions,
 )
-from deploy.children import OWN_VARIABLES
+from deploy.children import OWN_VARIABLES, PREFIX
 from deploy.options import ServeOptions
 from engine.types import Role
 from triptych.mistakes import ConfigError
-from triptych.settings import COMMANDS, PREFIX, SAID, settings_of
+from triptych.settings import COMMANDS, SAID, settings_of
 from triptych.sources import CONFIG_VARIABLE, Source, plain, read, schema, unknown_variables
 
 NEEDED: Mapping[type, dict[str, Any]] = {
@@ -251,6 +251,8 @@ def test_a_file_reaches_every_part_of_the_options(file: Path) -> None:
         ("api-key: [1, 2]", "FILE:1: api-key: must be text, or a list of texts, not a number"),
         ("api-key: {secret: 1}", "FILE:1: api-key: must be text, or a list of texts, not a mapping"),
         ("api-key: '[secret'", "FILE:1: api-key: must be text, or a list of texts, not text"),
+        ("api-key: ''", "FILE:1: api-key: holds no key; leave it out for a server without keys"),
+        ("api-key: []", "FILE:1: api-key: holds no key; leave it out for a server without keys"),
         ("host: h\nport: 70000", "FILE:2: port: must be a port from 0 to 65535, not 70000"),
         ("drain-timeout: -1", "FILE:1: drain-timeout: must be a number of seconds, 0 or more, not -1.0"),
         ("max-num-batched-tokens: 0", "FILE:1: max-num-batched-tokens: must be at least 1, not 0"),
@@ -289,12 +291,24 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         ("LOG_LEVEL", "loud", "TRIPTYCH_LOG_LEVEL: must be one of debug, info, warning, error, not text ('loud')"),
         ("ENABLE_PREFIX_CACHING", "2", "TRIPTYCH_ENABLE_PREFIX_CACHING: must be true or false, not text ('2')"),
         ("API_KEY", "[secret", "TRIPTYCH_API_KEY: must be text, or a list of texts, not text"),
+        *(
+            ("API_KEY", empty, "TRIPTYCH_API_KEY: holds no key; leave it out for a server without keys")
+            for empty in ("", " ", ",", "[]")
+        ),
         ("PREFILL", "-1", "TRIPTYCH_PREFILL: must be at least 0, not -1"),
     ],
 )
 def test_a_mistake_in_a_variable_names_it(name: str, value: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(PREFIX + name, value)
     assert mistakes(ServeOptions) == [told]
+
+
+def test_a_key_from_elsewhere_makes_up_for_an_empty_variable(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRIPTYCH_API_KEY", "")
+    file.write_text("api-key: k")
+    assert read(ServeOptions, {}, file).options.edge.api_keys == ("k",)
+    assert read(ServeOptions, {"api-key": ["f"]}).options.edge.api_keys == ("f",)
+    assert read(ControllerOptions, {"listen": "h:1"}).options.listen == "h:1"
 
 
 def test_a_mistake_in_a_flag_names_it() -> None:
@@ -327,7 +341,16 @@ def test_the_schema_has_every_setting_and_accepts_every_default(kind: type) -> N
     jsonschema.validate({s.name: plain(s.default) for s in settings_of(kind) if not s.required}, written)
 
 
-@pytest.mark.parametrize("wrong", [{"prot": 1}, {"port": "http"}, {"dtype": "float8"}, {"api-key": [1]}])
+@pytest.mark.parametrize("said", [{"block-size": 8}, {"block_size": 8}, {"max_num_batched-tokens": 9}])
+def test_the_schema_spells_a_name_as_a_file_may(said: dict[str, Any], file: Path) -> None:
+    jsonschema.validate(said, schema(ServeOptions))
+    file.write_text("\n".join(f"{name}: {value}" for name, value in said.items()))
+    read(ServeOptions, {}, file)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"prot": 1}, {"port_": 1}, {"block_size": "x"}, {"port": "http"}, {"dtype": "float8"}, {"api-key": [1]}]
+)
 def test_the_schema_refuses_what_a_file_must_not_say(wrong: dict[str, Any]) -> None:
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(wrong, schema(ServeOptions))

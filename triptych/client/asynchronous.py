@@ -1,7 +1,8 @@
 """`AsyncClient`: for event loops. `synchronous` is the same for threads."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -10,8 +11,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from control_plane.wire import inference_pb2 as pb
 from control_plane.wire import inference_pb2_grpc as pb_grpc
-from engine.base.errors import Cancelled, Unavailable
-from triptych.client.connection import TIMEOUT_S, Terms, Tls, error_of
+from engine.base.errors import Cancelled, FailedPrecondition, Unavailable
+from triptych.client.connection import CLIENT_CLOSED, TIMEOUT_S, Terms, Tls, error_of
 from triptych.client.requests import Options, Prompt, generate_request
 from triptych.client.values import Completion, Delta, Loads, ModelInfo, ServerInfo
 
@@ -22,24 +23,16 @@ class AsyncStream(AsyncIterator[Delta]):
 
     def __init__(self, call: Any) -> None:
         self._call = call
-        self._closed = False
 
     async def __anext__(self) -> Delta:
-        try:
+        with _telling():
             message = await self._call.read()
-        except grpc.RpcError as failed:
-            raise error_of(failed) from None
-        except asyncio.CancelledError:
-            if self._closed:  # gRPC says so of the call; nobody cancelled this task
-                raise Cancelled("the stream is closed") from None
-            raise
         if message is grpc.aio.EOF:
             raise StopAsyncIteration
         return Delta.of(message)
 
     def close(self) -> None:
         """Idempotent; without effect on an answer that is over."""
-        self._closed = True
         self._call.cancel()
 
     async def __aenter__(self) -> Self:
@@ -64,6 +57,7 @@ class AsyncClient:
     ) -> None:
         """`address`: host:port of the router's gRPC port. `timeout_s`: of each call that names no other."""
         self._terms = Terms(api_key=api_key, timeout_s=timeout_s)
+        self._closed = False
         self._channel = (
             grpc.aio.insecure_channel(address) if tls is None else grpc.aio.secure_channel(address, tls.credentials())
         )
@@ -71,6 +65,8 @@ class AsyncClient:
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)
 
     async def close(self) -> None:
+        """Idempotent. Calls that are under way end, with `Cancelled`."""
+        self._closed = True
         await self._channel.close()
 
     async def __aenter__(self) -> Self:
@@ -85,6 +81,7 @@ class AsyncClient:
     def generate(self, prompt: Prompt, *, timeout_s: float | None = None, **options: Unpack[Options]) -> AsyncStream:
         """The answer as it comes. Errors are raised where it is read."""
         request = generate_request(prompt, options)
+        self._require_open()
         return AsyncStream(self._inference.Generate(request, **self._terms.of(timeout_s)))
 
     async def complete(
@@ -117,7 +114,24 @@ class AsyncClient:
         return bool(health.status == health_pb2.HealthCheckResponse.SERVING)
 
     async def _ask(self, method: Any, request: Any, timeout_s: float | None) -> Any:
-        try:
+        self._require_open()
+        with _telling():
             return await method(request, **self._terms.of(timeout_s))
-        except grpc.RpcError as failed:
-            raise error_of(failed) from None
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise FailedPrecondition(CLIENT_CLOSED)
+
+
+@contextmanager
+def _telling() -> Iterator[None]:
+    """What a call met, in our words. gRPC cancels whoever awaits a call that was closed: nobody cancelled that task."""
+    try:
+        yield
+    except grpc.RpcError as failed:
+        raise error_of(failed) from None
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise Cancelled("the call is closed") from None

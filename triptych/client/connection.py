@@ -21,6 +21,7 @@ from engine.base.errors import (
     Unauthenticated,
     Unavailable,
 )
+from engine.base.keys import is_key
 
 TIMEOUT_S: Final = 120.0  # of a call that names none: the server's own default for a request
 
@@ -29,15 +30,22 @@ TIMEOUT_S: Final = 120.0  # of a call that names none: the server's own default 
 class Tls:
     """Files in PEM. `ca_file`: who signed the server's certificate; None: one of the system's authorities.
 
-    `cert_file` and `key_file` are the client's own, for a server that asks for them.
+    `cert_file` and `key_file` are the client's own, for a server that asks for them; without `key_file` the key is in
+    the same file.
     """
 
     ca_file: Path | str | None = None
     cert_file: Path | str | None = None
     key_file: Path | str | None = None
 
+    def __post_init__(self) -> None:
+        if self.key_file is not None and self.cert_file is None:
+            raise InvalidArgument("key_file: needs a cert_file", field="key_file")
+
     def credentials(self) -> grpc.ChannelCredentials:
-        return grpc.ssl_channel_credentials(_read(self.ca_file), _read(self.key_file), _read(self.cert_file))
+        """gRPC ends the whole process (abort) where it is given only one of certificate and key."""
+        key = _read(self.key_file or self.cert_file)
+        return grpc.ssl_channel_credentials(_read(self.ca_file), key, _read(self.cert_file))
 
 
 def _read(path: Path | str | None) -> bytes | None:
@@ -51,16 +59,22 @@ class Terms:
     api_key: str | None
     timeout_s: float
 
+    def __post_init__(self) -> None:
+        if self.api_key is not None and not is_key(self.api_key):
+            raise InvalidArgument("api_key: is made of printable ASCII without spaces", field="api_key")
+
     def __repr__(self) -> str:
         return f"Terms(timeout_s={self.timeout_s})"  # without the key
 
     def of(self, timeout_s: float | None) -> dict[str, Any]:
         """Keyword arguments of a call; None: the client's own time."""
-        metadata = (("authorization", f"Bearer {self.api_key}"),) if self.api_key else ()
+        metadata = (("authorization", f"Bearer {self.api_key}"),) if self.api_key is not None else ()
         return {"timeout": self.timeout_s if timeout_s is None else timeout_s, "metadata": metadata}
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------
+CLIENT_CLOSED: Final = "the client is closed"
+
 ERRORS: Final[Mapping[grpc.StatusCode, type[TriptychError]]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidArgument,
     grpc.StatusCode.NOT_FOUND: NotFound,

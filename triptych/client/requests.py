@@ -4,6 +4,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypedDict
 
+from google.protobuf.descriptor import FieldDescriptor
+
 from control_plane.wire import inference_pb2 as pb
 from engine.base.errors import InvalidArgument
 
@@ -95,7 +97,7 @@ def generate_request(prompt: Prompt, options: Options) -> pb.GenerateRequest:
 def _set_prompt(request: pb.GenerateRequest, prompt: Prompt) -> None:
     if isinstance(prompt, str):
         _set(request, "text", prompt, "prompt")
-    elif prompt and isinstance(prompt[0], Mapping):
+    elif isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
         _set(request.chat, "messages", prompt, "messages")
     else:
         request.tokens.SetInParent()  # also of no ids: the server says what is wrong with them
@@ -119,16 +121,49 @@ def _as_field(name: str, value: Any) -> tuple[str, Any]:
         case "choice":
             return name, {"values": value}
         case "json_schema" if not isinstance(value, str):
-            return name, json.dumps(value)
+            return name, _json(name, value)
         case "chat_template_kwargs":
-            return "chat_template_kwargs_json", json.dumps(value)
+            return "chat_template_kwargs_json", _json(name, value)
         case _:
             return name, value
+
+
+def _json(name: str, value: Any) -> str:
+    try:
+        return json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        raise InvalidArgument(f"{name}: must be what JSON can hold", field=name) from None
 
 
 def _set(message: Any, name: str, value: Any, called: str = "") -> None:
     try:
         message.MergeFrom(type(message)(**{name: value}))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError):  # protobuf's words are about its own types, and repeat the value
         called = called or name
-        raise InvalidArgument(f"{called}: {error}", field=called) from None
+        wanted = _WANTED.get(called) or _wanted(message.DESCRIPTOR.fields_by_name[name])
+        raise InvalidArgument(f"{called}: must be {wanted}", field=called) from None
+
+
+# -- what a field holds, in words --------------------------------------------------------------------------------------
+_WANTED: Final[Mapping[str, str]] = {
+    "prompt": "text, a list of token ids, or a list of messages",
+    "messages": "a list of {'role': text, 'content': text}",
+    "logit_bias": "token ids and numbers",
+    "choice": "a list of texts",
+}
+_ONE: Final[Mapping[int, tuple[str, str]]] = {
+    FieldDescriptor.CPPTYPE_STRING: ("text", "texts"),
+    FieldDescriptor.CPPTYPE_BOOL: ("true or false", "true or false"),
+    FieldDescriptor.CPPTYPE_FLOAT: ("a number", "numbers"),
+    FieldDescriptor.CPPTYPE_DOUBLE: ("a number", "numbers"),
+    FieldDescriptor.CPPTYPE_INT32: ("a whole number of 32 bits", "whole numbers of 32 bits"),
+    FieldDescriptor.CPPTYPE_INT64: ("a whole number of 64 bits", "whole numbers of 64 bits"),
+    FieldDescriptor.CPPTYPE_UINT32: ("a whole number from 0 to 4294967295", "whole numbers from 0 to 4294967295"),
+    FieldDescriptor.CPPTYPE_UINT64: ("a whole number of 64 bits, 0 or more", "whole numbers of 64 bits, 0 or more"),
+}
+"""One value, and several."""
+
+
+def _wanted(field: FieldDescriptor) -> str:
+    one, several = _ONE[field.cpp_type]
+    return f"a list of {several}" if field.is_repeated else one

@@ -9,8 +9,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from control_plane.wire import inference_pb2 as pb
 from control_plane.wire import inference_pb2_grpc as pb_grpc
-from engine.base.errors import Unavailable
-from triptych.client.connection import TIMEOUT_S, Terms, Tls, error_of
+from engine.base.errors import FailedPrecondition, Unavailable
+from triptych.client.connection import CLIENT_CLOSED, TIMEOUT_S, Terms, Tls, error_of
 from triptych.client.requests import Options, Prompt, generate_request
 from triptych.client.values import Completion, Delta, Loads, ModelInfo, ServerInfo
 
@@ -49,6 +49,7 @@ class Client:
     ) -> None:
         """`address`: host:port of the router's gRPC port. `timeout_s`: of each call that names no other."""
         self._terms = Terms(api_key=api_key, timeout_s=timeout_s)
+        self._closed = False
         self._channel = (
             grpc.insecure_channel(address) if tls is None else grpc.secure_channel(address, tls.credentials())
         )
@@ -56,6 +57,8 @@ class Client:
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)
 
     def close(self) -> None:
+        """Idempotent. Calls that are under way end, with `Cancelled`."""
+        self._closed = True
         self._channel.close()
 
     def __enter__(self) -> Self:
@@ -70,6 +73,7 @@ class Client:
     def generate(self, prompt: Prompt, *, timeout_s: float | None = None, **options: Unpack[Options]) -> Stream:
         """The answer as it comes. Errors are raised where it is read."""
         request = generate_request(prompt, options)
+        self._require_open()
         return Stream(self._inference.Generate(request, **self._terms.of(timeout_s)))
 
     def complete(self, prompt: Prompt, *, timeout_s: float | None = None, **options: Unpack[Options]) -> Completion:
@@ -100,7 +104,12 @@ class Client:
         return bool(health.status == health_pb2.HealthCheckResponse.SERVING)
 
     def _ask(self, method: Any, request: Any, timeout_s: float | None) -> Any:
+        self._require_open()
         try:
             return method(request, **self._terms.of(timeout_s))
         except grpc.RpcError as failed:
             raise error_of(failed) from None
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise FailedPrecondition(CLIENT_CLOSED)

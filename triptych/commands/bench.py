@@ -5,7 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from triptych.flags import KeyFlag
+from triptych.access import Certificates
+from triptych.flags import CacertFlag, CertFlag, CertKeyFlag, KeyFlag
 from triptych.load.options import Endpoint, LoadOptions, parse_slo
 
 bench = typer.Typer(help="Measure a server that is running.", no_args_is_help=True)
@@ -35,6 +36,9 @@ def serve(
     url: Annotated[str, typer.Option(help="The server.", metavar="URL")] = DEFAULT.url,
     model: Annotated[str | None, typer.Option(help="Default: the server's first.", metavar="NAME")] = None,
     api_key: KeyFlag = None,
+    cacert: CacertFlag = None,
+    cert: CertFlag = None,
+    key: CertKeyFlag = None,
     endpoint: Annotated[Endpoint, typer.Option(help="Which answer to measure.")] = DEFAULT.endpoint,
     num_prompts: Annotated[int, _load("Requests to send.")] = DEFAULT.requests,
     duration: Annotated[float | None, _load("Send nothing after so long.", "SECONDS")] = None,
@@ -45,7 +49,7 @@ def serve(
     seed: Annotated[int, _load("Of arrivals and prompts.")] = DEFAULT.seed,
     timeout: Annotated[float, _load("Of one request.", "SECONDS")] = DEFAULT.timeout_s,
     prompts: Annotated[Path | None, _prompts("A prompt a line, or .jsonl; default: random tokens.", "FILE")] = None,
-    random_input_len: Annotated[int, _prompts("Tokens of a prompt.")] = DEFAULT.input_len,
+    random_input_len: Annotated[int, _prompts("Tokens of a prompt, after its prefix.")] = DEFAULT.input_len,
     random_output_len: Annotated[int, _prompts("Tokens of an answer.")] = DEFAULT.output_len,
     random_range_ratio: Annotated[float, _prompts("Lengths vary by this share.", "X")] = DEFAULT.range_ratio,
     random_prefix_len: Annotated[int, _prompts("Tokens that all prompts begin with.")] = DEFAULT.prefix_len,
@@ -65,6 +69,7 @@ def serve(
         url=url,
         model=model,
         api_key=api_key,
+        certificates=Certificates(cacert=cacert, cert=cert, key=key),
         endpoint=endpoint,
         requests=num_prompts,
         duration_s=duration,

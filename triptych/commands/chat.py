@@ -4,8 +4,8 @@ from typing import Annotated
 
 import typer
 
-from triptych.flags import KeyFlag
-from triptych.load.options import URL_DEFAULT
+from triptych.access import URL_DEFAULT, Certificates
+from triptych.flags import CacertFlag, CertFlag, CertKeyFlag, KeyFlag
 
 
 def chat(
@@ -15,6 +15,9 @@ def chat(
     url: Annotated[str, typer.Option(help="The server.", metavar="URL")] = URL_DEFAULT,
     model: Annotated[str | None, typer.Option(help="Default: the server's first.", metavar="NAME")] = None,
     api_key: KeyFlag = None,
+    cacert: CacertFlag = None,
+    cert: CertFlag = None,
+    key: CertKeyFlag = None,
     system: Annotated[str | None, typer.Option(help="What the model is told before all else.", metavar="TEXT")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Of an answer; default: the server's.", metavar="N")] = None,
     temperature: Annotated[float | None, typer.Option(help="0: greedy; default: the server's.", metavar="X")] = None,
@@ -34,6 +37,7 @@ def chat(
         url=url,
         model=model,
         api_key=api_key,
+        certificates=Certificates(cacert=cacert, cert=cert, key=key),
         system=system,
         max_tokens=max_tokens,
         temperature=temperature,

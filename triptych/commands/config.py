@@ -52,8 +52,8 @@ def schema(
 
 
 def _yaml_line(found: "Found") -> str:
-    """A secret stands in a comment, because a file that said `***` would make that the key."""
-    hidden = "# " if found.setting.said.secret and found.value else ""
+    """A secret stands in a comment: a file that said `***` would make that the key, and an empty one is refused."""
+    hidden = "# " if found.setting.said.secret else ""
     return f"{hidden}{found.setting.name}: {_text(found.shown)}  # {found.origin}"
 
 

@@ -5,6 +5,7 @@ would cost more than a small server spends on the same request.
 """
 
 import asyncio
+import math
 import ssl
 from collections.abc import AsyncIterable, AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -14,6 +15,7 @@ import httpx
 import msgspec
 
 from engine.base.errors import FrameError
+from triptych.dialect import Usage, error_message
 from triptych.events import DONE, EventLines
 from triptych.load.clock import Clock
 from triptych.load.options import LoadOptions
@@ -27,32 +29,13 @@ NULL: Final = msgspec.Raw(b"null")
 MakeTransport = Callable[[], httpx.AsyncBaseTransport]
 
 
-class _Details(msgspec.Struct):
-    cached_tokens: int | None = None
-
-
-class _Usage(msgspec.Struct):
-    prompt_tokens: int = 0
-    completion_tokens: int | None = 0
-    prompt_tokens_details: _Details | None = None
-
-
 class _Chunk(msgspec.Struct):
     choices: list[msgspec.Raw] = []
-    usage: _Usage | None = None
+    usage: Usage | None = None
     error: msgspec.Raw = NULL
 
 
-class _ErrorText(msgspec.Struct):
-    message: str = ""
-
-
-class _ErrorBody(msgspec.Struct):
-    error: _ErrorText
-
-
 _chunk = msgspec.json.Decoder(_Chunk)
-_error_body = msgspec.json.Decoder(_ErrorBody)
 
 
 class Connections:
@@ -79,9 +62,8 @@ class Connections:
             await self._idle.pop().aclose()
 
 
-def http_transports() -> MakeTransport:
+def http_transports(context: ssl.SSLContext) -> MakeTransport:
     """Straight to the server: a proxy is not what is measured."""
-    context = ssl.create_default_context()  # made once: it takes 10 ms
     one_each = httpx.Limits(max_connections=1, max_keepalive_connections=1)
     return lambda: httpx.AsyncHTTPTransport(verify=context, limits=one_each, trust_env=False)
 
@@ -133,7 +115,7 @@ class Client:
                 if data == DONE:
                     sample.failure = "" if sample.chunks_s else "no token"
                 elif not _note(_chunk.decode(data), now_s, sample):
-                    sample.failure, sample.text = "error in the stream", _message(data)
+                    sample.failure, sample.text = "error in the stream", told(data)
                     return
         if not sample.failure and not sample.output_tokens:
             sample.output_tokens = len(sample.chunks_s)  # the server does not say; a token a chunk is likely
@@ -145,9 +127,8 @@ def _note(chunk: _Chunk, now_s: float, sample: Sample) -> bool:
         sample.chunks_s.append(now_s)
     if (usage := chunk.usage) is not None:
         sample.prompt_tokens = usage.prompt_tokens
-        sample.output_tokens = usage.completion_tokens or 0
-        details = usage.prompt_tokens_details
-        sample.cached_tokens = (details.cached_tokens or 0) if details is not None else 0
+        sample.output_tokens = usage.output_tokens
+        sample.cached_tokens = usage.cached_tokens
     return chunk.error == NULL
 
 
@@ -156,12 +137,13 @@ async def _error_text(stream: AsyncIterable[bytes]) -> str:
     async for received in stream:
         if len(body) < ERROR_BYTES_MAX:
             body += received
-    return _message(body)
+    return told(body)
 
 
-def _message(body: bytes) -> str:
+def told(body: bytes) -> str:
+    """What the server says of an error; "": nothing that could be shown."""
     try:
-        return _error_body.decode(body).error.message[:ERROR_CHARACTERS_MAX]
+        return error_message(body)[:ERROR_CHARACTERS_MAX]
     except msgspec.MsgspecError:
         return ""
 
@@ -171,7 +153,12 @@ def headers(options: LoadOptions) -> dict[str, str]:
     if options.api_key is not None:
         values["authorization"] = f"Bearer {options.api_key}"
     if options.slo_headers and options.slo.ttft_ms is not None:
-        values["x-slo-ttft-ms"] = f"{options.slo.ttft_ms:.0f}"
+        values["x-slo-ttft-ms"] = _whole_ms(options.slo.ttft_ms)
     if options.slo_headers and options.slo.tpot_ms is not None:
-        values["x-slo-tpot-ms"] = f"{options.slo.tpot_ms:.0f}"
+        values["x-slo-tpot-ms"] = _whole_ms(options.slo.tpot_ms)
     return values
+
+
+def _whole_ms(ms: float) -> str:
+    """Servers take whole ones from 1; what is kept at the next whole one is nearly kept, and the figures are exact."""
+    return str(max(1, math.ceil(ms)))

@@ -16,9 +16,7 @@ from triptych.load.measurement import Measured, ServerTrouble, measure
 from triptych.load.options import LoadOptions
 from triptych.load.report import document, show
 from triptych.load.samples import Sample
-
-STATUS_FAILED = 1
-STATUS_INTERRUPTED = 130
+from triptych.statuses import FAILED, INTERRUPTED
 
 
 def run(options: LoadOptions) -> int:
@@ -32,16 +30,16 @@ def run(options: LoadOptions) -> int:
             measured = asyncio.run(measure(options, on_sample=advance))
     except ServerTrouble as trouble:
         errors.print(str(trouble), markup=False, highlight=False, soft_wrap=True)
-        return STATUS_FAILED
+        return FAILED
     except KeyboardInterrupt:  # before the first request that counts
-        return STATUS_INTERRUPTED
+        return INTERRUPTED
     show(measured.values, Console())
     if options.out is not None:
         _write(options.out, options, measured)
     if measured.interrupted:
         errors.print("interrupted: requests in flight are in no figure", style="yellow")
-        return STATUS_INTERRUPTED
-    return 0 if measured.values["completed"] else STATUS_FAILED
+        return INTERRUPTED
+    return 0 if measured.values["completed"] else FAILED
 
 
 @contextmanager

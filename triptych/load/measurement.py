@@ -12,8 +12,9 @@ import httpx
 import msgspec
 
 from control_plane.router.http.server import raise_open_files_limit
+from triptych.dialect import first_model
 from triptych.load.arrivals import arrival_times_s
-from triptych.load.client import Client, Connections, MakeTransport, headers, http_transports
+from triptych.load.client import Client, Connections, MakeTransport, headers, http_transports, told
 from triptych.load.clock import Clock, WallClock, cpu_s
 from triptych.load.figures import Effort, figures
 from triptych.load.options import LoadOptions
@@ -48,10 +49,10 @@ async def measure(
 ) -> Measured:
     """Ctrl-C ends the load, not the program. Raises `ServerTrouble`, and `OptionError` for bad files of prompts."""
     raise_open_files_limit()
-    clock, transports = clock or WallClock(), transports or http_transports()
+    clock, transports = clock or WallClock(), transports or http_transports(options.certificates.context())
     connections = Connections(transports)
     try:
-        model = options.model or await first_model(options, connections)
+        model = options.model or await listed_model(options, connections)
         client = Client(options, connections, clock)
         await _warm_up(options, model, client, clock)
         return await _load(options, model, client, clock, on_sample)
@@ -108,19 +109,12 @@ async def _warm_up(options: LoadOptions, model: str, client: Client, clock: Cloc
     others = replace(options, seed=options.seed + WARM_UP_SEED)
     await sender.send(islice(bodies(others, model), options.warmup), repeat(0.0))
     if trouble:
-        raise ServerTrouble(_told(options, trouble[0]))
+        first = trouble[0]
+        raise ServerTrouble(_with_words(f"{options.url}: the warm-up did not succeed: {first.failure}", first.text))
 
 
 # -- the server's model ------------------------------------------------------------------------------------------------
-class _Model(msgspec.Struct):
-    id: str
-
-
-class _Models(msgspec.Struct):
-    data: list[_Model]
-
-
-async def first_model(options: LoadOptions, connections: Connections) -> str:
+async def listed_model(options: LoadOptions, connections: Connections) -> str:
     """The first that the server lists. Raises `ServerTrouble`."""
     request = httpx.Request("GET", options.url.rstrip("/") + "/v1/models", headers=headers(options))
     try:
@@ -131,12 +125,16 @@ async def first_model(options: LoadOptions, connections: Connections) -> str:
     except (httpx.TransportError, TimeoutError) as error:
         raise ServerTrouble(f"{options.url} cannot be reached: {str(error) or 'no answer in time'}") from error
     if response.status_code != httpx.codes.OK:
-        raise ServerTrouble(f"{options.url}/v1/models: status {response.status_code}")
+        raise ServerTrouble(_with_words(f"{options.url}/v1/models: status {response.status_code}", told(body)))
     try:
-        return msgspec.json.decode(body, type=_Models).data[0].id
-    except (msgspec.MsgspecError, IndexError) as error:
-        raise ServerTrouble(f"{options.url}/v1/models lists no model") from error
+        model = first_model(body)
+    except msgspec.MsgspecError:
+        model = None
+    if model is None:
+        raise ServerTrouble(f"{options.url}/v1/models lists no model")
+    return model
 
 
-def _told(options: LoadOptions, sample: Sample) -> str:
-    return f"{options.url}: the warm-up did not succeed: {sample.failure}{': ' if sample.text else ''}{sample.text}"
+def _with_words(sentence: str, words: str) -> str:
+    """`words`: the server's own, if it had any."""
+    return f"{sentence}: {words}" if words else sentence

@@ -5,11 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from control_plane.options import OptionError, require_at_least
-
-URL_DEFAULT = "http://127.0.0.1:8000"
+from triptych.access import URL_DEFAULT, Certificates, require_key, require_url
 
 
 class Endpoint(StrEnum):
@@ -46,6 +44,7 @@ class LoadOptions:
     url: str = URL_DEFAULT
     model: str | None = None  # None: the first of /v1/models
     api_key: str | None = field(default=None, repr=False)
+    certificates: Certificates = field(default_factory=Certificates)
     endpoint: Endpoint = Endpoint.COMPLETIONS
 
     requests: int = 1_000
@@ -58,7 +57,7 @@ class LoadOptions:
     seed: int = 0
 
     prompts: Path | None = None  # text, a prompt a line, or .jsonl; None: random tokens
-    input_len: int = 1_024  # tokens, with the prefix
+    input_len: int = 1_024  # tokens, after the prefix: as vLLM counts
     output_len: int = 128  # tokens, of prompts that do not say
     range_ratio: float = 0.0  # lengths are uniform in [len * (1 - ratio), len * (1 + ratio)]
     prefix_len: int = 0  # tokens that all random prompts begin with
@@ -76,6 +75,7 @@ class LoadOptions:
         require_key(self.api_key)
         self._require_load()
         self._require_prompts()
+        self._require_figures()
         require_at_least("num-warmups", self.warmup, 0)
         _require_positive("timeout", self.timeout_s)
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -98,8 +98,13 @@ class LoadOptions:
         require_at_least("random-output-len", self.output_len, 1)
         if not 0 <= self.range_ratio < 1:
             raise OptionError("random-range-ratio", f"must be from 0 to below 1, not {self.range_ratio}")
-        if not 0 <= self.prefix_len < self.input_len:
-            raise OptionError("random-prefix-len", "must be from 0 to below --random-input-len")
+        require_at_least("random-prefix-len", self.prefix_len, 0)
+
+    def _require_figures(self) -> None:
+        if self.slo_headers and self.slo.ttft_ms is None and self.slo.tpot_ms is None:
+            raise OptionError("slo-headers", "needs --goodput ttft:MS or tpot:MS; there is nothing else to tell")
+        if self.out is not None and not self.out.parent.is_dir():
+            raise OptionError("result-filename", f"there is no folder '{self.out.parent}'")
 
     @property
     def closed(self) -> bool:
@@ -125,24 +130,6 @@ def _milliseconds(text: str) -> float:
         value = math.nan
     _require_positive("goodput", value)
     return value
-
-
-def require_url(url: str) -> None:
-    """Of a server: no name that cannot be looked up, no port that cannot be."""
-    try:
-        parts = urlsplit(url)
-        usable = parts.scheme in ("http", "https") and bool((parts.hostname or "").encode("idna"))
-        usable = usable and parts.port != 0 and url.isprintable() and " " not in url
-    except ValueError:
-        usable = False
-    if not usable:
-        raise OptionError("url", f"must begin with http:// or https:// and name a host, not '{url}'")
-
-
-def require_key(key: str | None) -> None:
-    """It goes into a header."""
-    if key is not None and not (key.strip() and key.isascii() and key.isprintable()):
-        raise OptionError("api-key", "must be printable ASCII")
 
 
 def _require_positive(option: str, value: float) -> None:

@@ -48,7 +48,7 @@ def random_prompts(options: LoadOptions) -> Iterator[Prompt]:
     vocabulary: Sequence[Any] = WORDS if options.endpoint is Endpoint.CHAT else TOKEN_IDS
     prefix = draw.choices(vocabulary, k=options.prefix_len)
     while True:
-        own_tokens = drawn_length(draw, options.input_len - options.prefix_len, options.range_ratio)
+        own_tokens = drawn_length(draw, options.input_len, options.range_ratio)
         output_tokens = drawn_length(draw, options.output_len, options.range_ratio)
         tokens = prefix + draw.choices(vocabulary, k=own_tokens)
         yield Prompt(" ".join(tokens) if options.endpoint is Endpoint.CHAT else tokens, output_tokens)

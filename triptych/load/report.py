@@ -87,7 +87,7 @@ def document(options: LoadOptions, model: str, values: Mapping[str, Any], now: d
         "date": now.strftime("%Y%m%d-%H%M%S"),
         "backend": "openai" if options.endpoint == "completions" else "openai-chat",
         "model_id": model,
-        "num_prompts": options.requests,
+        "num_prompts": values["completed"] + values["refused"] + values["failed"],  # not those of an unfinished run
         "request_rate": "inf" if math.isinf(options.rate) else options.rate,
         "burstiness": options.burstiness,
         "max_concurrency": options.concurrency,

@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from control_plane.options import EdgeOptions, OptionError, is_key
+from control_plane.options import EdgeOptions, OptionError
 from control_plane.router.access.tenants import Keys, Tenant
 from engine.base import limits
+from engine.base.keys import is_key
 
 OPTION: Final = "api-key-file"
 FLAG_TENANT: Final = Tenant("default", admin=True)

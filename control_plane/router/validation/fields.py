@@ -116,7 +116,7 @@ def check_token_ids(ids: list[Any], vocab_size: int, *, field: str) -> None:
     """Every element an id of the model's. By the decoder, in one pass: a prompt may hold 131072 of them."""
     token_id = Annotated[int, msgspec.Meta(ge=0, lt=vocab_size)]
     try:
-        msgspec.convert(ids, list[token_id])  # type: ignore[valid-type]
+        msgspec.convert(ids, list[token_id])
     except msgspec.ValidationError:
         raise refuse(field, f"token ids must be integers in [0, {vocab_size - 1}]") from None
 
