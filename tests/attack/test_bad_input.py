@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 
+from bench.router_cost import allowance, yardstick_us
 from control_plane.router.access.tenants import Keys, Tenant
 from control_plane.router.http.app import OPEN
 from control_plane.router.text.chat_template import ChatTemplate
@@ -322,7 +323,8 @@ async def test_a_refusal_costs_next_to_nothing(capsys: pytest.CaptureFixture[str
         print(f"\n{len(small_ms)} refusals: median {statistics.median(small_ms.values()):.2f} ms of CPU, the slowest:")
         for name, cost_ms in slowest(small_ms) + slowest(large_ms):
             print(f"  {cost_ms:7.2f} ms  {name}")
-    assert {name: cost_ms for name, cost_ms in costs_ms.items() if cost_ms > cpu_ms_max(bads[name])} == {}
+    slower = allowance(await yardstick_us())  # this machine, now: see bench.router_cost
+    assert {name: cost_ms for name, cost_ms in costs_ms.items() if cost_ms > slower * cpu_ms_max(bads[name])} == {}
 
 
 def cpu_ms_max(bad: Bad) -> float:
