@@ -28,7 +28,7 @@ from tests.procs.harness import (
 )
 
 CHOICES = 4
-TENANTS = {"one": "salt:one", "four": "salt:four"}
+SCOPES = {"one": "/one", "four": "/four"}  # of the tenant without a name: see `Submit.cache_scope`
 LEAVERS = 24
 
 Texts = dict[int, tuple[str, str | None]]
@@ -84,8 +84,8 @@ async def test_four_choices_are_one_prefill_and_one_transfer() -> None:
     costs = {name: (value["triptych"]["kv_bytes_raw"], value["triptych"]["attempts"]) for name, value in values.items()}
     assert costs["one"] == costs["four"] == (len(prompt.token_ids) * DEFAULT_ORACLE.schema.token_bytes, 1)
     assert looked_up[2] - looked_up[1] == looked_up[1] - looked_up[0] > 0
-    assert texts(values["one"]) == expected(prompt, TENANTS["one"], 1)
-    assert texts(values["four"]) == expected(prompt, TENANTS["four"])
+    assert texts(values["one"]) == expected(prompt, SCOPES["one"], 1)
+    assert texts(values["four"]) == expected(prompt, SCOPES["four"])
     assert len(set(texts(values["four"]).values())) == CHOICES
     assert values["four"]["usage"]["completion_tokens"] == CHOICES * prompt.sampling.max_tokens
 

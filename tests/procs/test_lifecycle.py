@@ -21,7 +21,6 @@ import pytest
 
 from control_plane import addresses
 from control_plane.lifecycle import REPEAT_WITHIN_S, STATUS_AT_ONCE, STATUS_BUG, STATUS_MISTAKE
-from control_plane.model_choice import choose_model
 from control_plane.options import LogLevel, RouterOptions
 from control_plane.router import server
 from control_plane.router.core import RouterCore
@@ -325,7 +324,7 @@ async def test_a_crashed_machine_ends_its_router(monkeypatch: pytest.MonkeyPatch
     with contextlib.ExitStack() as stack:
         listening = server._Listening.at(options, stack)
         url = f"http://{addresses.authority_of(listening.public)}"
-        router = asyncio.create_task(server._serve(options, choose_model(ORACLE), listening))
+        router = asyncio.create_task(server._serve(options, server._Served.of(options), listening))
         async with httpx.AsyncClient() as client:
             answer = await ask(client, url, oracle_prompt(1))
         assert answer.status == 503

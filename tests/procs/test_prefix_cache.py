@@ -130,7 +130,7 @@ async def test_a_tenant_reuses_its_own_prompt_and_nobody_elses() -> None:
         turns = [await ask(client, running, prompt, cache_salt=salt) for salt in ("a", "a", "b", "b", None)]
     assert [turn.cached for turn in turns] == [0, whole, 0, whole, 0]
     assert [turn.sent for turn in turns] == [PROMPT, PROMPT - whole, PROMPT, PROMPT - whole, PROMPT]
-    tenants = ("salt:a", "salt:a", "salt:b", "salt:b", "")
+    tenants = ("/a", "/a", "/b", "/b", "")  # as `Submit.cache_scope` has them
     assert [turn.answer for turn in turns] == [oracle_answer(prompt, tenant) for tenant in tenants]
 
 
