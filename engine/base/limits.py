@@ -91,6 +91,7 @@ OUTPUT_TOKEN_WEIGHT: Final = 2  # of an output token in prompt tokens (VTC, sect
 PLACEMENT_TRIES_MAX: Final = 8  # waiting requests looked at for one free place; more would grow with the queue
 DRAIN_RATE_MEMORY_MS: Final = 10_000  # how far back the measured rate of the queue looks: a few long prompts
 DRAIN_RATE_MEASURED_MS: Final = 1_000  # of waiting, before a rate is believed: nobody is refused for one slow prompt
+DRAIN_RATE_TOKENS_MIN: Final = 512  # and on so many tokens: one full step of one worker
 WORKER_WAIT_MS: Final = 10_000  # how long a request waits for a worker of a role to appear
 ATTEMPTS_MAX: Final = 8  # placements of one request; a poison request must not visit every worker
 ENGINE_FAILURES_MAX: Final = 2  # one may be the engine's fault; a second is the request's, and finds no third victim

@@ -30,7 +30,8 @@ class DrainRate:
         self._us = self._us * kept + us
 
     def wait_us(self, tokens: int) -> int | None:
-        """How long it takes until so many have left. None: not measured for long enough to say."""
-        if self._us < limits.DRAIN_RATE_MEASURED_MS * 1_000 or not self._tokens:
+        """How long it takes until so many have left. None: not measured for long enough to say, or on too little: a
+        few tokens that were held up by a lost worker are no rate, and would turn away those who come after it."""
+        if self._us < limits.DRAIN_RATE_MEASURED_MS * 1_000 or self._tokens < limits.DRAIN_RATE_TOKENS_MIN:
             return None
         return round(tokens * self._us / self._tokens)
