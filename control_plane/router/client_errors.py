@@ -1,6 +1,6 @@
 """What our errors are to clients, over whichever protocol: an exception of ours becomes an error that may be told.
 
-What does not belong here: how a protocol spells an error (`responses`, `inference_service`).
+What does not belong here: how a protocol spells an error (`http.responses`, `grpc.calls`).
 """
 
 import logging

@@ -8,7 +8,7 @@ the workers hold nothing more. A client that does not read costs at most `unread
 cancelled. The core never waits for a client (DESIGN section 2, rule 4; reliability C10).
 
 What does not belong here: parsing (`validation`), reading (`request_stream`), text (`choice`), what times are good
-enough (`slo`), protocols (`http`, `inference_service`), placement (`core`).
+enough (`slo`), protocols (`http`, `grpc`), placement (`core`).
 """
 
 import asyncio

@@ -6,7 +6,7 @@ who may do everything: that is a router on somebody's own machine.
 Keys are kept as digests and compared in constant time, all of them each time, so that neither a core dump nor the time
 of a refusal tells one (reliability E13).
 
-What does not belong here: how a protocol carries the key (`http`, `inference_service`), and what a tenant's share is
+What does not belong here: how a protocol carries the key (`http`, `grpc`), and what a tenant's share is
 (`shares`).
 """
 

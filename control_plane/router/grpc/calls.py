@@ -4,7 +4,7 @@
     deadline      the call's own, for a request that names none
     an error      its status code; the field or the time to come back in trailing metadata
 
-What does not belong here: messages (`inference_service`, `vllm_service`), health (`grpc_health`), and what a client may
+What does not belong here: messages (`inference_service`, `vllm_service`), health (`health`), and what a client may
 ask for (`validation`).
 """
 

@@ -7,7 +7,7 @@
 Where keys are configured, everything on the public port but what is `OPEN` needs one, before anything else is looked
 at. The admin port asks for none: bind it where clients cannot reach it.
 
-Times outside this package's HTTP modules: those of connections and headers are `http_server`'s; deadlines of the work
+Times outside this package's HTTP modules: those of connections and headers are `server`'s; deadlines of the work
 are the core's. What does not belong here: calls with bodies (`generation`, `json_calls`, `intake`).
 """
 

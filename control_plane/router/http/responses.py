@@ -1,6 +1,6 @@
 """What every HTTP answer is made of: JSON, ASGI messages, and the one shape of an error.
 
-What does not belong here: which answer a request gets (`http`), and what a completion looks like (`answer`).
+What does not belong here: which answer a request gets (`app`), and what a completion looks like (`answers`).
 """
 
 import math

@@ -6,7 +6,7 @@ Bounded here: connections, bytes and time of a request's head, requests sent ahe
 leave the end of an answer unread. A refusal is our JSON if nothing else is being sent, otherwise the connection ends.
 Nothing here costs anything per streamed token: uvicorn's own `send` is untouched. An idle server sleeps.
 
-What does not belong here: bodies and answers (`http`), signals and the order of stopping (the process).
+What does not belong here: bodies and answers (`app`, `generation`), signals and the order of stopping (the process).
 """
 
 import asyncio
