@@ -1,11 +1,12 @@
 # The developer's commands. CI runs the same ones (.ci/run). Options for a command go in ARGS:
-#     make serve ARGS="--prefill 2 --decode 2"      make test ARGS="-k arena"
+#     make serve MODEL=demo-vlm      make serve ARGS="--prefill 2 --decode 2"      make test ARGS="-k arena"
 # Another interpreter: make install PYTHON=/path/to/python3.12
 
 .DEFAULT_GOAL := help
 .PHONY: help install serve test test-slow check format generate bench clean
 
 ARGS ?=
+MODEL ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 
@@ -18,8 +19,8 @@ $(STAMP): pyproject.toml constraints.txt scripts/install.sh
 	@PYTHON="$(PYTHON)" scripts/install.sh
 	@touch $@
 
-serve: install  ## serve the default model on this machine (HTTP 8000, admin 8001, gRPC 50051)
-	@exec $(BIN)/triptych serve $(ARGS)
+serve: install  ## serve a model on this machine (HTTP 8000, admin 8001, gRPC 50051); the default one, or MODEL
+	@exec $(BIN)/triptych serve $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
 test: install  ## every test but the slow ones, cheapest first, in random order
 	@$(BIN)/python scripts/test.py units cluster model procs -- $(ARGS)

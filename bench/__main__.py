@@ -13,12 +13,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench import engine_speed, overlap, overload, quality, quiet_engine, router_cost, stream_cost, wire
+from bench import engine_speed, images, overlap, overload, quality, quiet_engine, router_cost, stream_cost, wire
+from bench.demo_vlm import evaluate as demo_vlm
 from bench.figures import Figure, save
 from bench.readme import README, refreshed
 
 BENCHES: dict[str, Callable[[], Coroutine[Any, Any, list[Figure]]]] = {
+    "demo_vlm": demo_vlm.measured,
     "engine_speed": engine_speed.measure,
+    "images": images.measure,
     "overlap": overlap.measure,
     "overload": overload.measure,
     "quality": quality.measured_and_drawn,

@@ -25,10 +25,15 @@ TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 @asynccontextmanager
-async def cluster(engine: EngineOptions, *, trace: Path | None = None) -> AsyncIterator[LocalCluster]:
-    """One prefill and one decode worker, ready. With a `trace` folder, each writes `<name>.jsonl` there."""
+async def cluster(
+    engine: EngineOptions, *, prefill: int = 1, decode: int = 1, encode: int = 0, trace: Path | None = None
+) -> AsyncIterator[LocalCluster]:
+    """So many workers of each kind, ready. With a `trace` folder, each writes `<name>.jsonl` there."""
     options = ServeOptions(
         engine=engine,
+        prefill=prefill,
+        decode=decode,
+        encode=encode,
         port=0,
         admin_port=0,
         grpc_port=0,

@@ -5,10 +5,11 @@ words meant for the person who typed it (`OptionError`), before any process star
 """
 
 import math
+import re
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from engine.base import limits
 from engine.base.keys import is_key
@@ -19,12 +20,18 @@ from kv_transfer.codecs import codecs
 from kv_transfer.offers import AUTO
 
 MODEL_DEFAULT = "smollm2"  # the test model that `make install` converts; anything else is a checkpoint directory
+MODEL_DEMO = (
+    "demo-vlm"  # the same with eyes: put together from it and from what the package has (engine.models.demo_vlm)
+)
 MODEL_ORACLE = "oracle"  # no weights at all: the next token is a digest of every KV byte read
 
 HTTP_PORT = 8000
 ADMIN_PORT = 8001
 GRPC_PORT = 50051
 PORT_MAX = 65_535
+
+# Of RFC 1123, in small letters, as URLs are compared: no scheme, no port, no wildcard.
+_HOST_NAME: Final = re.compile(r"(?=.{1,253}\Z)(?!-)[a-z0-9-]{1,63}(?<!-)(?:\.(?!-)[a-z0-9-]{1,63}(?<!-))*")
 
 
 class OptionError(ValueError):
@@ -85,6 +92,8 @@ class EngineOptions:
     block_size: int = limits.BLOCK_SIZE_TOKENS
     max_model_len: int | None = None  # None: the checkpoint's own
     kv_cache_mib: int | None = None  # None: a share of the machine's free memory
+    embedding_cache_mib: int | None = None  # of workers that encode or take embeddings; None: a smaller share
+    encode_image_ms: float | None = None  # one image in a paced worker's tower; None: the executor's own
     codec: str = "raw"  # of requests that name none; "auto": the fewest bits within the budget
     kl_budget: float | None = None  # of requests that name none; None: KL_BUDGET, for what was measured
     profile: Path | None = None  # what the model's codecs were calibrated to; None: the packaged one, if any
@@ -101,14 +110,22 @@ class EngineOptions:
         require_at_least("max-num-batched-tokens", self.step_tokens, 1)
         if self.max_model_len is not None:
             require_at_least("max-model-len", self.max_model_len, 2)  # a prompt token and an answer token
-        if self.kv_cache_mib is not None:
-            require_at_least("kv-cache-mib", self.kv_cache_mib, 1)
+        for option, size_mib in (
+            ("kv-cache-mib", self.kv_cache_mib),
+            ("embedding-cache-mib", self.embedding_cache_mib),
+        ):
+            if size_mib is not None:
+                require_at_least(option, size_mib, 1)
         _require_plugin("batching", batchings, self.batching)
         _require_plugin("codec", codecs, self.codec, AUTO)
         if self.kl_budget is not None and not 0 <= self.kl_budget <= limits.KL_BUDGET_MAX:
             raise OptionError("kl-budget", f"must be from 0 to {limits.KL_BUDGET_MAX:g}, not {self.kl_budget}")
-        if self.tbt_slo_ms is not None and not (math.isfinite(self.tbt_slo_ms) and self.tbt_slo_ms > 0):
-            raise OptionError("tbt-slo-ms", f"must be a number of milliseconds above 0, not {self.tbt_slo_ms}")
+        _require_milliseconds("tbt-slo-ms", self.tbt_slo_ms)
+        _require_milliseconds("encode-image-ms", self.encode_image_ms)
+        if self.encode_image_ms is not None and self.executor is not ExecutorKind.PACED:
+            raise OptionError(
+                "encode-image-ms", "is what executor 'paced' takes for an image; others take what they need"
+            )
         if self.device is not Device.CPU and self.executor is not ExecutorKind.TORCH:
             raise OptionError("device", f"executor '{self.executor.value}' runs on the cpu only")
         if self.model == MODEL_ORACLE and self.executor is ExecutorKind.TORCH:
@@ -128,6 +145,8 @@ class EdgeOptions:
     ssl_keyfile: Path | None = None  # its private key, unless it is in the same file
     ssl_ca_certs: Path | None = None  # clients must show a certificate that one of these has signed
     queue_timeout_s: float = limits.QUEUE_TIMEOUT_MS / 1_000  # for a prefill worker; a longer wait is refused at once
+    limit_mm_per_prompt: int = limits.IMAGES_MAX  # images of one request, with a model that sees
+    allowed_media_domains: tuple[str, ...] = ()  # hosts whose images may be fetched; none: data URLs only
 
     def __post_init__(self) -> None:
         for option, path in self._files.items():
@@ -139,6 +158,13 @@ class EdgeOptions:
             raise OptionError("api-key", "a key is made of printable ASCII without spaces")
         if not (math.isfinite(self.queue_timeout_s) and self.queue_timeout_s > 0):
             raise OptionError("queue-timeout", f"must be a number of seconds above 0, not {self.queue_timeout_s}")
+        if not 0 <= self.limit_mm_per_prompt <= limits.IMAGES_CEILING:
+            allowed = f"from 0 to {limits.IMAGES_CEILING} images"
+            raise OptionError("limit-mm-per-prompt", f"must allow {allowed}, not {self.limit_mm_per_prompt}")
+        for host in self.allowed_media_domains:
+            if not _HOST_NAME.fullmatch(host):
+                example = "a host's name in small letters, such as images.example.org"
+                raise OptionError("allowed-media-domains", f"must be {example}, not '{host}'")
 
     @property
     def _files(self) -> dict[str, Path | None]:
@@ -173,8 +199,6 @@ class WorkerOptions:
         require_drain(self.drain_timeout_s)
         if not self.roles:
             raise OptionError("role", "a worker begins with at least one role")
-        if Role.ENCODE in self.roles:
-            raise OptionError("role", "encode workers (images) are not there yet")
         if any(core < 0 for core in self.cores):
             raise OptionError("cores", "core numbers start at 0")
 
@@ -216,6 +240,11 @@ class ControllerOptions:
 def require_at_least(option: str, value: int, low: int) -> None:
     if value < low:
         raise OptionError(option, f"must be at least {low}, not {value}")
+
+
+def _require_milliseconds(option: str, value: float | None) -> None:
+    if value is not None and not (math.isfinite(value) and value > 0):
+        raise OptionError(option, f"must be a number of milliseconds above 0, not {value}")
 
 
 def _require_plugin(option: str, registry: Registry[Any], name: str, *others: str) -> None:

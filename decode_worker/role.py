@@ -68,6 +68,7 @@ class DecodeRole:
             identity=work.identity,
             children=work.children,
             priority=work.priority,
+            images=work.images,
         )
         return [Command(command)]
 
@@ -143,11 +144,12 @@ class DecodeRole:
         decode = self._decodes.get(event.seq_id)
         if decode is None:
             return []
+        images = self._custody.has_read(event.seq_id)
         if not decode.work.children:
-            return self.on_tokens(TokensSampled(tokens=event.tokens))
+            return [*images, *self.on_tokens(TokensSampled(tokens=event.tokens))]
         pairs = zip(event.tokens, decode.work.children, strict=True)
         tokens = tuple(replace(token, seq_id=child) for token, child in pairs)
-        return [*self.on_tokens(TokensSampled(tokens=tokens)), *self._fork(decode.work, event.tokens)]
+        return [*images, *self.on_tokens(TokensSampled(tokens=tokens)), *self._fork(decode.work, event.tokens)]
 
     def _fork(self, work: Work, tokens: Sequence[SampledToken]) -> list[object]:
         """The engine has: children whose choice goes on run; the others and the group are over."""
@@ -182,7 +184,8 @@ class DecodeRole:
     def _hold(self, event: Paused, identity: str, now_us: int) -> list[object]:
         """All layers of all tokens but the last are computed:  [context ............ | pending token)"""
         self._source.hold(event.seq_id, event.block_table, final_tokens=len(event.token_ids) - 1, identity=identity)
-        return self._source.complete(event.seq_id, ((event.token_ids[-1],),), now_us)
+        pending = ((event.token_ids[-1],),)
+        return self._source.complete(event.seq_id, pending, now_us, rope_delta=event.rope_delta)
 
     # -- transfer outcomes ---------------------------------------------------------------------------------------------
     def on_arrived(self, event: Arrived) -> list[object]:
@@ -200,7 +203,7 @@ class DecodeRole:
         )
         branches, idle = self._branch(work, event.branches)
         group = self._disband(work.seq_id) if work.children else []
-        return [*_activate(work, branches), committed, *idle, *group]
+        return [*_activate(work, branches, event.rope_delta), committed, *idle, *group]
 
     def _branch(self, work: Work, pending: Sequence[tuple[int, ...]]) -> tuple[list[Branch], list[object]]:
         """The choices that go on, and what ends those that do not. One that was aborted meanwhile is neither."""
@@ -235,7 +238,7 @@ class DecodeRole:
         ]
 
 
-def _activate(work: Work, branches: Sequence[Branch]) -> list[object]:
+def _activate(work: Work, branches: Sequence[Branch], delta: int) -> list[object]:
     """Nothing if every choice was aborted while its KV was under way."""
     command = Activate(
         seq_id=work.seq_id,
@@ -243,5 +246,6 @@ def _activate(work: Work, branches: Sequence[Branch]) -> list[object]:
         prompt_tokens=work.prompt_tokens,
         sampling=work.sampling,
         branches=tuple(branches),
+        rope_delta=delta,
     )
     return [Command(command)] if branches else []

@@ -39,6 +39,8 @@ def engine_arguments(engine: EngineOptions) -> list[str]:
             "--block-size": engine.block_size,
             "--max-model-len": engine.max_model_len,
             "--kv-cache-mib": engine.kv_cache_mib,
+            "--embedding-cache-mib": engine.embedding_cache_mib,
+            "--encode-image-ms": engine.encode_image_ms,
             "--codec": engine.codec,
             "--kl-budget": engine.kl_budget,
             "--profile": engine.profile,
@@ -64,6 +66,8 @@ def edge_arguments(edge: EdgeOptions) -> list[str]:
             "--ssl-keyfile": edge.ssl_keyfile,
             "--ssl-ca-certs": edge.ssl_ca_certs,
             "--queue-timeout": edge.queue_timeout_s,
+            "--limit-mm-per-prompt": edge.limit_mm_per_prompt,
+            "--allowed-media-domains": edge.allowed_media_domains,
         }
     )
 
@@ -74,11 +78,13 @@ def edge_environment(edge: EdgeOptions) -> dict[str, str]:
 
 
 def _arguments(values: Mapping[str, Any]) -> list[str]:
-    """`None` is the child's own default."""
+    """`None` is the child's own default; of several values each has the flag before it."""
     arguments: list[str] = []
     for flag, value in values.items():
         if isinstance(value, bool):
             arguments.append(flag if value else flag.replace("--", "--no-", 1))
+        elif isinstance(value, tuple):
+            arguments += [argument for each in value for argument in (flag, str(each))]
         elif value is not None:
             arguments += [flag, str(value)]
     return arguments

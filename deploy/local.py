@@ -32,7 +32,7 @@ from control_plane.options import EdgeOptions, OptionError
 from control_plane.router.access.key_file import read_keys
 from deploy.children import edge_arguments, edge_environment, engine_arguments, inherited
 from deploy.cores import CoreShare, share_cores
-from deploy.options import ServeOptions, WorkerSpec
+from deploy.options import ServeOptions, WorkerSpec, fitted
 from engine.base.errors import InvalidArgument
 
 log = logging.getLogger("triptych.serve")
@@ -269,6 +269,7 @@ def serve(options: ServeOptions) -> int:
     configure_logging("serve", options.log_level, options.log_format)
     # Converted once, with somebody watching, before every process of the cluster would do it.
     model = choose_model(options.engine, progress=lambda message: print(message, flush=True))
+    options = fitted(options, sees=model.vision is not None)
     choose_profile(options.engine, model.schema)  # a mistake in it is every worker's
     _require_edge(options.edge)
     takes_chats = _takes_chats(options.edge, model.path)

@@ -11,6 +11,7 @@ A sequence's life, and who may free its units:
     Reserve -> Reserved (memory lent to a writer) -> Activate -> running -> TokensSampled* -> Finished
     Pause: running -> Paused, held for its Source, until Release
     A running sequence that no column is left for: Paused (preempted), or waiting again where prompts are computed too
+        and it has no images (what was made of their embeddings cannot be made again without them)
     A group (n > 1): prefilled or received once, then forked into one running sequence per choice
     Release: ends any of them, at any time, any number of times. Only the caller knows whether a codec thread still
     reads or writes the units, so only the caller may send it (DESIGN 2.2: a block has two lifetimes).
@@ -18,9 +19,12 @@ A sequence's life, and who may free its units:
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from engine.types import FinishReason, SamplingParams, TokenLogprobs
+
+if TYPE_CHECKING:
+    from engine.images import Picture, PlacedImage, PromptImage
 
 BlockTable = tuple[int, ...]
 """Column ids of a sequence, in token order: token t lives in column `table[t // block_size]`."""
@@ -44,6 +48,7 @@ class AddPrefill:
     tenant: str = ""
     choices: tuple[int, ...] = (0,)  # indices of the request's choices; all but their randomness is shared
     priority: int = 0  # lower runs earlier, and is preempted later
+    images: "tuple[PlacedImage, ...]" = ()  # held by whoever sent this until `Prefilled`, or past `Release`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +87,7 @@ class Reserve:
     identity: str = ""
     children: tuple[int, ...] = ()
     priority: int = 0
+    images: "tuple[PromptImage, ...]" = ()  # blocks are named after them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +112,7 @@ class Activate:
     prompt_tokens: int
     sampling: SamplingParams
     branches: tuple[Branch, ...]
+    rope_delta: int = 0  # as END had it: from a token's index to its position
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,7 +135,69 @@ class ResetCache:
     """Forget every cached block that no sequence holds, and the names of those that one does."""
 
 
-EngineCommand = AddPrefill | DecodeHere | MarkBound | Reserve | Activate | Pause | Release | ResetCache
+# -- commands about embeddings: an embedding is a sequence too, of the rows of one image; `Release` ends it ------------
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AddEncode:
+    """Grant memory for the embedding of one image, and compute it if no other one of that key is here.
+
+    Answered `Encoded` if it is, else `PixelsNeeded`; or `StepFailed` with EMBEDDINGS_FULL, at once: it never waits.
+    """
+
+    seq_id: int
+    key: bytes
+    features: int
+    priority: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodePixels:
+    """What `PixelsNeeded` asked for. `Encoded` follows, or `StepFailed`. Unknown ids are ignored: released by now."""
+
+    seq_id: int
+    picture: "Picture"
+
+
+class EmbeddingWish(NamedTuple):
+    seq_id: int
+    key: bytes
+    features: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReserveEmbeddings:
+    """Grant memory for all embeddings of one prompt, whole; waits, in order, until there is room for all of them.
+
+    Those that are here already are shared. Answered `EmbeddingsReserved`; or `StepFailed` with EMBEDDINGS_FULL for what
+    all of memory could not hold. `Release` of any of them while they wait ends the wait of all.
+    """
+
+    wishes: tuple[EmbeddingWish, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddingArrived:
+    """The writer is done: the embedding is whole, and others may share it. Unknown ids are ignored."""
+
+    seq_id: int
+
+
+EMBEDDINGS_FULL: Final = "embeddings_full"
+"""`StepFailed.reason`: no memory for an embedding."""
+
+EngineCommand = (
+    AddPrefill
+    | DecodeHere
+    | MarkBound
+    | Reserve
+    | Activate
+    | Pause
+    | Release
+    | ResetCache
+    | AddEncode
+    | EncodePixels
+    | ReserveEmbeddings
+    | EmbeddingArrived
+)
 
 
 # -- events ------------------------------------------------------------------------------------------------------------
@@ -217,6 +286,7 @@ class Paused:
     token_ids: tuple[int, ...]
     block_table: BlockTable
     preempted: bool
+    rope_delta: int = 0  # from a token's index to its position: whoever goes on needs it, and END says it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -246,10 +316,57 @@ class EngineLoad:
     prefix_query_tokens: int = 0  # since the start: context tokens looked up
     preemptions: int = 0  # since the start
     idle: bool = True
+    encoding: int = 0  # images that wait for the tower, or are in it
+    free_embedding_columns: int = 0
+    embedding_columns: int = 0
+    embedding_hits: int = 0  # since the start: embeddings asked for that were here
+    vision_forwards: int = 0  # since the start: images that went through the tower
+    encode_us: int = 0  # of one image, lately
+    tower_loaded: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PixelsNeeded:
+    """Memory for the embedding is granted; it has to be computed."""
+
+    seq_id: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoded:
+    """The embedding is whole, and held until `Release`; then it is cached."""
+
+    seq_id: int
+    block_table: BlockTable
+    cached: bool = False  # it was here before
+
+
+class EmbeddingGrant(NamedTuple):
+    seq_id: int
+    block_table: BlockTable
+    cached: bool  # whole already; else somebody has to write it, and say `EmbeddingArrived`
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddingsReserved:
+    """Answer to `ReserveEmbeddings`, in order of its wishes."""
+
+    grants: tuple[EmbeddingGrant, ...]
 
 
 EngineEvent = (
-    Admitted | KVComputed | PromptScored | Prefilled | Reserved | TokensSampled | Paused | StepFailed | EngineLoad
+    Admitted
+    | KVComputed
+    | PromptScored
+    | Prefilled
+    | Reserved
+    | TokensSampled
+    | Paused
+    | StepFailed
+    | EngineLoad
+    | PixelsNeeded
+    | Encoded
+    | EmbeddingsReserved
 )
 
 
@@ -281,6 +398,8 @@ class SequenceSlice:
     choices: tuple[int, ...] = (0,)
     context: Sequence[int] = ()
     prompt_tokens: int = 0
+    images: "tuple[PlacedImage, ...]" = ()  # of a prefill: all of its prompt's, inside these tokens or not
+    rope_delta: int = 0  # of a decode: from a token's index to its position (M-RoPE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,6 +412,10 @@ class StepPlan:
     @property
     def num_tokens(self) -> int:
         return sum(len(piece.token_ids) for piece in self.slices)
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.slices)
 
 
 class Sampled(NamedTuple):
@@ -311,3 +434,33 @@ class StepOutput:
     failed: dict[int, str] = field(default_factory=dict)  # seq_id -> reason, from a fixed set
     # seq_id -> of the prompt tokens that follow each fed token: positions [start + 1, start + 1 + len)
     prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
+
+
+# -- steps of an encoder -----------------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class EncodeItem:
+    """One image: write row r of its embedding to column `block_table[r // S]`, slot `r % S`."""
+
+    seq_id: int
+    picture: "Picture"
+    features: int
+    block_table: BlockTable
+    key: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class EncodePlan:
+    """Images that go through the tower together."""
+
+    step_id: int
+    items: tuple[EncodeItem, ...]
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.items)
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeOutput:
+    step_id: int
+    failed: dict[int, str] = field(default_factory=dict)  # seq_id -> reason, from a fixed set

@@ -7,14 +7,18 @@ A driver (`thread.EngineThread` for real, `virtual.VirtualEngine` in virtual tim
 Commands never arrive inside a step: the executor is reading and writing the columns that they would move. So a
 `release` cannot take memory from under a step, and needs no lock.
 
-It does not compute (executors), decide what to run (scheduler) or know who asked (the roles).
+It does not compute (executors), decide what to run (scheduler) or know who asked (the roles). `Engine` is what drivers
+need of it, and of its kin: `encode_core.EncodeCore` and `worker_engine.WorkerEngine`.
 """
+
+from typing import Any, Protocol
 
 from engine.batching import Batching
 from engine.commands import (
     Activate,
     AddPrefill,
     DecodeHere,
+    EncodePlan,
     EngineCommand,
     EngineEvent,
     EngineLoad,
@@ -33,6 +37,26 @@ from engine.kv.arena import Arena
 from engine.kv.schema import CacheSchema
 from engine.scheduler import Scheduler
 from engine.sequence_memory import Copy
+
+
+class Engine(Protocol):
+    """What a driver needs. Plans and outputs are between an engine and its executor: a driver only carries them."""
+
+    def handle(self, command: EngineCommand, now_us: int) -> list[EngineEvent]: ...
+
+    def load(self) -> EngineLoad: ...
+
+    def take_events(self) -> list[EngineEvent]: ...
+
+    def begin_step(self, now_us: int) -> StepPlan | EncodePlan | None: ...
+
+    def layers_computed(self, layer_start: int, layer_end: int) -> list[EngineEvent]: ...
+
+    def finish_step(self, output: Any, now_us: int) -> list[EngineEvent]: ...
+
+    def fail_step(self, now_us: int) -> list[EngineEvent]: ...
+
+    def check_integrity(self) -> None: ...
 
 
 class EngineCore:
@@ -151,9 +175,10 @@ class EngineCore:
         return self._plan
 
 
-def assert_quiet(core: EngineCore) -> None:
+def assert_quiet(core: Engine) -> None:
     """What every test with an engine ends with: nobody has anything, and every column is free or cached (I3, I7)."""
     core.check_integrity()
     load = core.load()
     assert load.idle, f"sequences were left behind: {load}"
     assert load.free_columns == load.total_columns, f"columns were left behind: {load}"
+    assert load.free_embedding_columns == load.embedding_columns, f"embeddings were left behind: {load}"

@@ -91,13 +91,13 @@ class Inputs:
             ),
         )
 
-    def fill(self, kv: PagedKV, tokens: Sequence[int], spans: Sequence[Span]) -> None:
-        """One row per span; every span is one token."""
+    def fill(self, kv: PagedKV, tokens: Sequence[int], positions: Sequence[int], spans: Sequence[Span]) -> None:
+        """One row per span; every span is one token. After images its position is not its index."""
         columns = self.batch.table_NB.shape[1]
         table = [[*span.table[:columns], *[span.table[0]] * (columns - len(span.table))] for span in spans]
         for target, values in (
             (self.tokens_1T[0], tokens),
-            (self.positions_1T[0], [span.start for span in spans]),
+            (self.positions_1T[0], positions),
             (self.batch.lengths_N, [span.length for span in spans]),
             (self.batch.table_NB, table),
         ):
@@ -144,7 +144,8 @@ class DecodeGraphs:
         spans = [Span(row, 1, piece.start, piece.block_table) for row, piece in enumerate(plan.slices)]
         nobody = [self._spare(row) for row in range(len(spans), size)]
         tokens = [piece.token_ids[0] for piece in plan.slices] + [0] * len(nobody)
-        inputs.fill(self._runner.kv, tokens, [*spans, *nobody])
+        positions = [piece.start + piece.rope_delta for piece in plan.slices] + [0] * len(nobody)
+        inputs.fill(self._runner.kv, tokens, positions, [*spans, *nobody])
 
     def _spare(self, row: int) -> Span:
         return Span(row=row, tokens=1, start=0, table=(self._config.spare_column,))

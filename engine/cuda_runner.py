@@ -16,6 +16,7 @@ from engine.base.errors import FailedPrecondition
 from engine.commands import StepPlan
 from engine.cuda_graphs import Capture, CudaCapture, DecodeGraphs
 from engine.executors import LayersComputed
+from engine.kv.arena import Arena
 from engine.kv.device_arena import DeviceArena
 from engine.model_runner import ModelRunner, StepLogits, verify
 from engine.models.checkpoint import load_model
@@ -31,16 +32,23 @@ class CudaRunner:
 
     @classmethod
     def load(
-        cls, model_path: Path, dtype: str, arena: DeviceArena, *, layers_per_group: int, max_model_len: int
+        cls,
+        model_path: Path,
+        dtype: str,
+        arena: DeviceArena,
+        *,
+        layers_per_group: int,
+        max_model_len: int,
+        embeddings: Arena | None = None,
     ) -> "CudaRunner":
         """The model on the arena's device, checked against its own eager forward with the attention that will run."""
         if not torch.cuda.is_available():
             raise FailedPrecondition("device cuda: torch finds no CUDA device on this machine")
         model, _ = load_model(model_path, dtype)
-        model.to(arena.device)  # type: ignore[arg-type]
+        model.to(arena.device)
         plain = ModelRunner(model, arena, layers_per_group)
         backend = PagedVarlen.choose(plain.kv)
-        runner = ModelRunner(model, arena, layers_per_group, backend)
+        runner = ModelRunner(model, arena, layers_per_group, backend, embeddings)
         verify(runner, verify(plain))
         return cls(runner, arena, graphs_of(runner, arena, backend, CudaCapture(), max_model_len))
 

@@ -6,11 +6,12 @@
 The model is called whole, so what families do differently (scaled embeddings, two kinds of rotary angles, experts, a
 capped vocabulary projection) needs no code of ours. The two seams are the attention function, which finds the step in
 the keyword `paged` (`engine.attention`), and hooks between layers, which exist only in steps that hold a prefill slice.
+A chunk with images in it is embedded here first (`engine.image_inputs`): the model is then handed embeddings.
 
 The runner decides nothing: which tokens, which columns and when is in the plan; tokens are picked by the sampler.
 `verify` is how a model earns its place: it must give the logits of its own eager forward.
 
-Legend: T packed tokens, N rows whose logits are kept, V vocabulary.
+Legend: T packed tokens, E hidden size, N rows whose logits are kept, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,9 +27,10 @@ from engine.attention import AttentionBackend, StepAttention, use_paged_attentio
 from engine.attention.paged_kv import PagedKV, Span
 from engine.attention.paged_sdpa import PagedSdpa
 from engine.base import limits
-from engine.base.errors import InvalidArgument
+from engine.base.errors import Internal, InvalidArgument
 from engine.commands import SequenceSlice, StepPlan
 from engine.executors import LayersComputed
+from engine.image_inputs import EmbeddingRows, Placeholders, placeholders_of, positions_of
 from engine.kv.arena import Arena
 from engine.models.info import experts_of, require_servable, window_of
 from engine.types import SamplingParams
@@ -59,7 +61,8 @@ class PackedStep:
     """
 
     tokens_1T: torch.Tensor
-    positions_1T: torch.Tensor
+    positions: torch.Tensor  # [1, T], or [3, 1, T] (`image_inputs.positions_of`)
+    placeholders: tuple[Placeholders, ...]
     spans: tuple[Span, ...]
     kept_rows_N: torch.Tensor
     num_sampled: int
@@ -77,7 +80,8 @@ class PackedStep:
                 kept.extend(range(span.row, span.row + span.tokens))
         return cls(
             tokens_1T=_to_device([[token for piece in slices for token in piece.token_ids]], device),
-            positions_1T=_to_device([[at for span in spans for at in range(span.start, span.length)]], device),
+            positions=torch.from_numpy(positions_of(slices, spans)).to(device, non_blocking=True),
+            placeholders=tuple(each for span, piece in pairs for each in placeholders_of(piece, span)),
             spans=spans,
             kept_rows_N=_to_device(kept, device),
             num_sampled=num_sampled,
@@ -98,19 +102,23 @@ class ModelRunner:
         arena: Arena,
         layers_per_group: int = limits.LAYERS_PER_GROUP,
         backend: AttentionBackend | None = None,
+        embeddings: Arena | None = None,
     ) -> None:
+        """`embeddings`: where images' rows are, for a model that sees."""
         require_servable(model.config.to_dict())
         self.model = model
         self.arena = arena
         self.kv = PagedKV(arena)
         self.backend = backend or PagedSdpa()
         self.layers_per_group = layers_per_group
+        self.embeddings = embeddings
+        self._image_rows = None if embeddings is None else EmbeddingRows(embeddings)
         self.layers = decoder_layers(model)
         use_paged_attention(model)
 
     def with_arena(self, arena: Arena) -> "ModelRunner":
         """The same model over other memory."""
-        return ModelRunner(self.model, arena, self.layers_per_group, self.backend)
+        return ModelRunner(self.model, arena, self.layers_per_group, self.backend, self.embeddings)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan, on_layers: LayersComputed) -> StepLogits:
@@ -124,17 +132,29 @@ class ModelRunner:
         with ExitStack() as hooks:
             if any(piece.is_prefill for piece in plan.slices):
                 hooks.enter_context(self._announcing(on_layers))
-            return step.split(self.forward(step.tokens_1T, step.positions_1T, step.kept_rows_N, paged))
+            inputs = self._embedded(step) if step.placeholders else step.tokens_1T
+            return step.split(self.forward(inputs, step.positions, step.kept_rows_N, paged))
 
     def forward(
-        self, tokens_1T: torch.Tensor, positions_1T: torch.Tensor, kept_rows_N: torch.Tensor, paged: StepAttention
+        self, inputs: torch.Tensor, positions: torch.Tensor, kept_rows_N: torch.Tensor, paged: StepAttention
     ) -> torch.Tensor:
-        """logits_NV of the kept rows: a function of tensors alone, which is what a graph captures."""
+        """logits_NV of the kept rows: a function of tensors alone, which is what a graph captures.
+
+        `inputs` are tokens, [1, T], or what they are embedded as, [1, T, E].
+        """
+        kind = "inputs_embeds" if inputs.is_floating_point() else "input_ids"
         output = self.model(
-            input_ids=tokens_1T, position_ids=positions_1T, use_cache=False, logits_to_keep=kept_rows_N, paged=paged
+            **{kind: inputs}, position_ids=positions, use_cache=False, logits_to_keep=kept_rows_N, paged=paged
         )
         logits_NV: torch.Tensor = output.logits[0]
         return logits_NV
+
+    def _embedded(self, step: PackedStep) -> torch.Tensor:
+        if self._image_rows is None:
+            raise Internal("a step with images needs embedding memory")
+        embedded_1TE: torch.Tensor = self.model.get_input_embeddings()(step.tokens_1T)
+        self._image_rows.put(embedded_1TE, step.placeholders)
+        return embedded_1TE
 
     @contextmanager
     def _announcing(self, on_layers: LayersComputed) -> Iterator[None]:

@@ -45,6 +45,7 @@ from engine.commands import (
     StepPlan,
     TokensSampled,
 )
+from engine.images import rope_delta
 from engine.kv.allocator import ColumnAllocator
 from engine.sequence import LEAVING, Phase, Sequence, Sequences
 from engine.sequence_memory import Copy, SequenceMemory
@@ -58,6 +59,7 @@ class Failure:
     STEP_RAISED = "step_raised"
     NO_TOKEN = "no_token"
     EXCEEDS_MEMORY = "exceeds_memory"
+    NO_ROOM_TO_FORK = "no_room_to_fork"
 
 
 class Scheduler:
@@ -119,8 +121,11 @@ class Scheduler:
             raise ValueError("a prefill needs at least one token and one choice")
         if command.decode_here and len(command.choices) > 1:
             raise ValueError("a group decodes here by DecodeHere, which names its children")
-        chain = self._memory.chain(command.tenant)
+        images = [placed.image for placed in command.images]
+        chain = self._memory.chain(command.tenant, images=images)
         sequence = self._sequences.add(command.seq_id, Phase.WAITING, chain, priority=command.priority)
+        sequence.images = command.images
+        sequence.rope_delta = rope_delta(images)
         sequence.token_ids = list(command.token_ids)
         sequence.chain.extend(sequence.token_ids)
         sequence.prompt_tokens = command.prompt_tokens
@@ -152,7 +157,7 @@ class Scheduler:
 
     def reserve(self, command: Reserve) -> None:
         self._sequences.require_new(command.seq_id, *command.children)
-        chain = self._memory.chain(command.tenant, command.identity)
+        chain = self._memory.chain(command.tenant, command.identity, command.images)
         sequence = self._sequences.add(command.seq_id, Phase.RESERVED, chain, priority=command.priority)
         sequence.token_ids = list(command.token_ids)
         sequence.tenant = command.tenant
@@ -183,6 +188,7 @@ class Scheduler:
             raise ValueError(f"sequence {command.seq_id}: a branch that was not reserved")
         sequence.prompt_tokens = command.prompt_tokens
         sequence.sampling = command.sampling
+        sequence.rope_delta = command.rope_delta
         self._memory.arrived(sequence)
         if sequence.children:
             self._fork(sequence, command.branches)
@@ -341,6 +347,7 @@ class Scheduler:
 
     def _slice(self, sequence: Sequence, *, tokens: int) -> SequenceSlice:
         end = sequence.computed + tokens
+        is_prefill = sequence.phase is Phase.PREFILLING
         return SequenceSlice(
             seq_id=sequence.seq_id,
             token_ids=tuple(sequence.token_ids[sequence.computed : end]),
@@ -348,11 +355,13 @@ class Scheduler:
             block_table=self._memory.table(sequence),
             sampling=sequence.sampling,
             sample_position=sequence.sample_position if end == len(sequence.token_ids) else None,
-            is_prefill=sequence.phase is Phase.PREFILLING,
+            is_prefill=is_prefill,
             tenant=sequence.tenant,
             choices=sequence.choices,
             context=sequence.token_ids,
             prompt_tokens=sequence.prompt_tokens,
+            images=sequence.images if is_prefill else (),
+            rope_delta=0 if is_prefill else sequence.rope_delta,
         )
 
     def _report_admitted(self, sequence: Sequence) -> None:
@@ -445,6 +454,7 @@ class Scheduler:
                 token_ids=tuple(sequence.token_ids),
                 block_table=self._memory.table(sequence),
                 preempted=preempted,
+                rope_delta=sequence.rope_delta,
             )
         )
 
@@ -497,10 +507,13 @@ class Scheduler:
         child.prompt_tokens = group.prompt_tokens
         child.sampling = group.sampling
         child.tenant = group.tenant
+        child.rope_delta = group.rope_delta
         child.chain = group.chain.fork()
         self._follow(child, branch)
         if self._memory.fork(group, child, spare=self._turns.spare_columns):
             self._run(child)
+        elif child.sees:
+            self._fail(child, Failure.NO_ROOM_TO_FORK)  # the embeddings it would be computed from are gone
         elif self._memory.could_hold(len(child.token_ids)):
             wait_again(self._sequences, child)  # its prefix is cached as long as nobody needs the room
         else:

@@ -9,6 +9,7 @@ from enum import Enum, auto
 from typing import TypeAlias
 
 from engine.commands import SampledToken
+from engine.images import PlacedImage
 from engine.kv.prefix_cache import BlockChain
 from engine.types import SamplingParams
 
@@ -59,6 +60,8 @@ class Sequence:
     prompt_tokens: int = 0
     sampling: SamplingParams = field(default_factory=SamplingParams)
     tenant: str = ""
+    images: tuple[PlacedImage, ...] = ()  # of a prompt that is computed here
+    rope_delta: int = 0  # from a token's index to its position, behind all images
     choices: tuple[int, ...] = (0,)
     children: tuple[int, ...] = ()  # a group's, one per choice
     first_tokens: tuple[SampledToken, ...] = ()  # a held group's, one per choice
@@ -80,6 +83,11 @@ class Sequence:
     @property
     def is_group(self) -> bool:
         return len(self.choices) > 1 or bool(self.children)
+
+    @property
+    def sees(self) -> bool:
+        """It has images. Their embeddings leave with its prefill: it cannot be computed again here."""
+        return bool(self.chain.images)
 
     @property
     def sample_position(self) -> int:

@@ -7,9 +7,11 @@ costs. It does not know phases, steps or turns, and never touches a KV byte: cop
     table of a choice      [ the group's full blocks, shared | its copy of the partial one | growth ]
 """
 
+from collections.abc import Sequence as Several
 from typing import TypeAlias
 
 from engine.commands import BlockTable, Reserve
+from engine.images import PromptImage
 from engine.kv.allocator import ColumnAllocator
 from engine.kv.block_hash import root_hash
 from engine.kv.prefix_cache import BlockChain
@@ -46,9 +48,10 @@ class SequenceMemory:
         return self._allocator.table(sequence.seq_id)
 
     # -- grants --------------------------------------------------------------------------------------------------------
-    def chain(self, tenant: str, identity: str = "") -> BlockChain:
+    def chain(self, tenant: str, identity: str = "", images: Several[PromptImage] = ()) -> BlockChain:
         exact = root_hash(tenant, self._model)
-        return BlockChain(exact, root_hash(tenant, self._model, identity) if identity else exact, self._block_size)
+        own = root_hash(tenant, self._model, identity) if identity else exact
+        return BlockChain(exact, own, self._block_size, images)
 
     def admit(self, sequence: Sequence, growth_tokens: int, *, spare: int) -> bool:
         """Grant what a waiting sequence needs to be computed, whole or not at all. Growth is not a must.

@@ -1,4 +1,4 @@
-"""EngineThread: an EngineCore driven by a real executor, on the one thread that owns memory and tensors (DESIGN 3).
+"""EngineThread: an engine driven by a real executor, on the one thread that owns memory and tensors (DESIGN 3).
 
     post (any thread) -> queue -> [ commands -> plan -> execute -> outcome ] -> on_events (called on this thread)
 
@@ -15,9 +15,9 @@ import time
 from collections.abc import Callable, Collection
 from typing import Any
 
-from engine.commands import EngineCommand, EngineEvent, EngineLoad, StepPlan
-from engine.core import EngineCore
-from engine.executors import Executor
+from engine.commands import EncodePlan, EngineCommand, EngineEvent, EngineLoad, StepPlan
+from engine.core import Engine
+from engine.executors import StepExecutor
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +31,8 @@ class EngineThread:
 
     def __init__(
         self,
-        core: EngineCore,
-        executor_factory: Callable[[], Executor],
+        core: Engine,
+        executor_factory: Callable[[], StepExecutor],
         on_events: OnEvents,
         *,
         on_crash: Callable[[Exception], None] | None = None,
@@ -84,7 +84,7 @@ class EngineThread:
         if self._cpu_set is not None and hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, self._cpu_set)  # 0: the calling thread, and those it starts
 
-    def _loop(self, executor: Executor) -> None:
+    def _loop(self, executor: StepExecutor) -> None:
         busy = True
         while True:
             self._handle_commands(wait=not busy)
@@ -120,14 +120,14 @@ class EngineThread:
             self._next_check_us = now_us + INTEGRITY_CHECK_INTERVAL_US
             self._core.check_integrity()
 
-    def _execute(self, executor: Executor, plan: StepPlan) -> None:
+    def _execute(self, executor: StepExecutor, plan: StepPlan | EncodePlan) -> None:
         def on_layers(layer_start: int, layer_end: int) -> None:
             self._publish(self._core.layers_computed(layer_start, layer_end))
 
         try:
             output = executor.execute(plan, on_layers)
         except Exception:
-            logger.exception("step %d raised with %d sequences", plan.step_id, len(plan.slices))
+            logger.exception("%s %d raised with %d sequences", type(plan).__name__, plan.step_id, plan.num_sequences)
             self._publish(self._core.fail_step(self._now_us()))
         else:
             self._publish(self._core.finish_step(output, self._now_us()))

@@ -2,7 +2,7 @@
 
 A running sequence that cannot grow skips the step while somebody's columns are on their way back. If nobody's are, the
 least urgent running sequence is preempted. Where prompts are computed too it goes back to the queue at once; elsewhere,
-or if it could never fit here again, it has to leave, and the scheduler says so.
+or if it could never fit here again, or has images, it has to leave, and the scheduler says so.
 """
 
 from dataclasses import dataclass, field, replace
@@ -57,7 +57,7 @@ class Turns:
 
     def _preempt(self, sequence: Sequence, turn: Turn) -> None:
         self.preemptions += 1
-        if self._recompute and self._memory.could_hold(len(sequence.token_ids)):
+        if self._recompute and not sequence.sees and self._memory.could_hold(len(sequence.token_ids)):
             self._memory.drop(sequence)
             wait_again(self._sequences, sequence)
         else:

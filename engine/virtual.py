@@ -1,4 +1,4 @@
-"""VirtualEngine: the same EngineCore in virtual time, for tests and planning.
+"""VirtualEngine: the same engine in virtual time, for tests and planning.
 
 A step begins when there is work and lasts what `cost` says: layers become final evenly over it, tokens come at its
 end, and commands that arrive meanwhile wait for that end, all as on the engine thread. The executor itself runs at the
@@ -17,11 +17,11 @@ from typing import Any
 
 from engine.base.failpoints import InjectedFault
 from engine.base.virtual_host import VirtualProcess, VirtualWorld
-from engine.commands import EngineCommand, EngineEvent, EngineLoad, StepOutput, StepPlan
-from engine.core import EngineCore
-from engine.executors import Executor
+from engine.commands import EncodeOutput, EncodePlan, EngineCommand, EngineEvent, EngineLoad, StepOutput, StepPlan
+from engine.core import Engine
+from engine.executors import StepExecutor
 
-StepCost = Callable[[StepPlan], int]
+StepCost = Callable[[StepPlan | EncodePlan], int]
 """How long a step takes, in microseconds. A function of the plan, so that a run can be repeated."""
 
 
@@ -32,8 +32,8 @@ class VirtualEngine:
         self,
         world: VirtualWorld,
         on_events: Callable[[tuple[EngineEvent, ...]], None],
-        core: EngineCore,
-        executor: Executor,
+        core: Engine,
+        executor: StepExecutor,
         cost: StepCost,
         *,
         process: VirtualProcess | None = None,
@@ -85,7 +85,7 @@ class VirtualEngine:
         if self._commands:  # posted by whoever heard the events
             self._wake()
 
-    def _begin(self, plan: StepPlan) -> None:
+    def _begin(self, plan: StepPlan | EncodePlan) -> None:
         ranges: list[tuple[int, int]] = []
         output = self._execute(plan, ranges)
         cost_us = self._cost(plan)
@@ -94,17 +94,20 @@ class VirtualEngine:
             self._process.schedule(final_us, partial(self._layers_final, layer_start, layer_end))
         self._process.schedule(cost_us, partial(self._end, output))
 
-    def _execute(self, plan: StepPlan, ranges: list[tuple[int, int]]) -> StepOutput | None:
+    def _execute(self, plan: StepPlan | EncodePlan, ranges: list[tuple[int, int]]) -> StepOutput | EncodeOutput | None:
         """None: a fault that the test injected. Anything else that raises is a bug, and must not pass for one."""
         try:
-            return self._executor.execute(plan, lambda start, end: ranges.append((start, end)))
+            output: StepOutput | EncodeOutput = self._executor.execute(
+                plan, lambda start, end: ranges.append((start, end))
+            )
+            return output
         except InjectedFault:
             return None
 
     def _layers_final(self, layer_start: int, layer_end: int) -> None:
         self._publish(self._core.layers_computed(layer_start, layer_end))
 
-    def _end(self, output: StepOutput | None) -> None:
+    def _end(self, output: StepOutput | EncodeOutput | None) -> None:
         now_us = self._world.now_us
         self._publish(self._core.fail_step(now_us) if output is None else self._core.finish_step(output, now_us))
         self._turn()

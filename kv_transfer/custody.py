@@ -8,9 +8,16 @@ the units under it hands the next request someone else's bytes (reliability less
     codec jobs             |--job--|   |--job-------|
     units              |============================| released here, once
 
+A prefill reads the embeddings of its images, which are sequences too. To those it is a job like any other, until the
+prompt is computed, or the prefill's own units are released, whatever delays that:
+
+    prefill            |--reads--------------- end() ...|  Release(prefill)
+    embedding          |=================================| Release(embedding), in this order
+
 `Custody` counts jobs; it does not start them, and it knows nothing about transfers.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.base.machine import Command
@@ -21,6 +28,7 @@ from engine.commands import Release
 class _Holding:
     jobs: int = 0
     ended: bool = False
+    reads: tuple[int, ...] = ()  # sequences to which this one is a job
 
 
 class Custody:
@@ -47,6 +55,20 @@ class Custody:
         assert holding.jobs >= 0, f"more jobs left than entered sequence {seq_id}"
         return self._release_if_idle(seq_id)
 
+    def reads(self, seq_id: int, others: Sequence[int]) -> None:
+        """Steps of this sequence are about to read the units of others."""
+        for other in others:
+            self.enter(other)
+        self._holdings[seq_id].reads = tuple(others)
+
+    def has_read(self, seq_id: int) -> list[Command]:
+        """No step of this sequence reads other units than its own any more. Idempotent."""
+        holding = self._holdings.get(seq_id)
+        if holding is None:
+            return []
+        others, holding.reads = holding.reads, ()
+        return [command for other in others for command in self.leave(other)]
+
     def end(self, seq_id: int) -> list[Command]:
         """The request needs these units no more. Idempotent."""
         holding = self._holdings.get(seq_id)
@@ -64,8 +86,9 @@ class Custody:
         holding = self._holdings[seq_id]
         if not holding.ended or holding.jobs:
             return []
+        let_go = self.has_read(seq_id)
         del self._holdings[seq_id]
-        return [Command(Release(seq_id=seq_id))]
+        return [Command(Release(seq_id=seq_id)), *let_go]
 
     def __len__(self) -> int:
         return len(self._holdings)

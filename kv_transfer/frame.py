@@ -120,7 +120,8 @@ class End:
     """Body of END: the source has sent everything.
 
     `branches` has the tokens that the source sampled after the transferred context, per choice: the first is what the
-    target feeds first, and a choice that ended at the source has none. `frames` counts the DATA frames; `digest`
+    target feeds first, and a choice that ended at the source has none. Without any branch it is no context that has
+    been sent, but rows that nothing follows (an embedding). `frames` counts the DATA frames; `digest`
     combines their checksums (`combine`). The header's encoding says what the KV has come through, on this way or
     an earlier one: it may be lossy although every DATA frame is raw.
     """
@@ -128,6 +129,7 @@ class End:
     branches: tuple[tuple[int, ...], ...]
     frames: int
     digest: int
+    rope_delta: int = 0  # from a token's index to its position, after images (M-RoPE)
 
 
 # Little-endian, without padding; 112 bytes, so that a payload starts 16-byte aligned.
@@ -144,8 +146,10 @@ _FIELDS: Final = (
 )
 HEADER_BYTES: Final = _HEADER.size
 _CHECKSUM: Final = slice(8, 16)
+_SCHEMA_DIGEST: Final = slice(44, 60)
 
-_END: Final = struct.Struct("<QII")  # digest, frames, branches; then the length of each branch, then all tokens
+# digest, frames, rope_delta, branches; then the length of each branch, then all tokens
+_END: Final = struct.Struct("<QIiI")
 _END_NUMBER_BYTES: Final = 4
 _REFUSAL: Final = struct.Struct("<H")
 _BODY_BYTES: Final = {FrameKind.DATA: None, FrameKind.END: None, FrameKind.REFUSED: _REFUSAL.size}  # others: none
@@ -216,7 +220,7 @@ def serialize_end(end: End) -> bytes:
     lengths = [len(branch) for branch in end.branches]
     tokens = [token for branch in end.branches for token in branch]
     numbers = struct.pack(f"<{len(lengths) + len(tokens)}I", *lengths, *tokens)
-    return _END.pack(end.digest, end.frames, len(lengths)) + numbers
+    return _END.pack(end.digest, end.frames, end.rope_delta, len(lengths)) + numbers
 
 
 def _why_not_sealable(header: FrameHeader) -> FrameReason | None:
@@ -265,6 +269,11 @@ def verify_checksum_untrusted(data: bytes) -> None:
         _refuse("checksum")
 
 
+def schema_named_untrusted(data: bytes) -> bytes:
+    """The schema that a frame names: who of several parses it. Of what is no frame, anything."""
+    return data[_SCHEMA_DIGEST]
+
+
 def payload_of(data: bytes) -> memoryview:
     """Without a copy."""
     return memoryview(data)[HEADER_BYTES:]
@@ -282,17 +291,18 @@ def combine(digest: int, checksum: int) -> int:
 
 def parse_end_untrusted(payload: memoryview | bytes) -> End:
     """Branches may be empty, but not all of them: nothing would be left to decode, hence nothing to transfer for.
+    Whether there has to be one, and what positions there are, is for the Target to say.
 
     Counts are compared with the length before they size anything.
     """
     if len(payload) < _END.size:
         _refuse("payload")
-    digest, frames, branches = _END.unpack_from(payload)
+    digest, frames, rope_delta, branches = _END.unpack_from(payload)
     numbers, rest = divmod(len(payload) - _END.size, _END_NUMBER_BYTES)
-    if rest or not 1 <= branches <= limits.CHOICES_MAX or branches >= numbers:
-        _refuse("payload")  # a length for each branch, and one token at least
+    if rest or branches > min(limits.CHOICES_MAX, numbers):
+        _refuse("payload")  # a length for each branch
     lengths = struct.unpack_from(f"<{branches}I", payload, _END.size)
-    if sum(lengths) != numbers - branches:
+    if sum(lengths) != numbers - branches or (lengths and not any(lengths)):
         _refuse("payload")
     tokens = struct.unpack_from(f"<{numbers - branches}I", payload, _END.size + branches * _END_NUMBER_BYTES)
     ends = list(accumulate(lengths))
@@ -300,6 +310,7 @@ def parse_end_untrusted(payload: memoryview | bytes) -> End:
         branches=tuple(tokens[end - length : end] for end, length in zip(ends, lengths, strict=True)),
         frames=frames,
         digest=digest,
+        rope_delta=rope_delta,
     )
 
 

@@ -5,7 +5,7 @@
 
 A job is a value; its codecs are its worker's, which never change. It decides nothing and frees nothing: the machine
 that started it keeps its units alive until it returns (DESIGN 2.2), and it makes few, large calls that give up the GIL
-(DESIGN section 3).
+(DESIGN section 3). Which of its worker's arenas it is about, the schema in its header says.
 """
 
 from collections.abc import Iterator
@@ -14,11 +14,13 @@ from dataclasses import dataclass, replace
 from engine.base import limits
 from engine.base.errors import FrameError
 from engine.commands import BlockTable
-from engine.kv.arena import Arena, Range
+from engine.kv.arena import Arena, Arenas, Range
 from engine.kv.schema import Stream
 from kv_transfer import frame as frames
 from kv_transfer.codecs import RAW, Atom, AtomShape, CodecSet, Payload
 from kv_transfer.frame import FrameHeader
+
+Memory = Arena | Arenas
 
 ATOM_TOKENS = 64
 """Atoms hold a multiple of this many tokens where they can: codecs want some (`Codec.token_multiple`)."""
@@ -36,17 +38,18 @@ class EncodeJob:
     table: BlockTable
     codecs: CodecSet
 
-    def run(self, memory: Arena) -> bytes:
-        shape = frames.atom_shape(self.header, memory.schema.kv)
+    def run(self, memory: Memory) -> bytes:
+        arena = memory.of(self.header.schema_digest)
+        shape = frames.atom_shape(self.header, arena.schema.kv)
         draft = frames.Draft(shape.raw_bytes)
-        codec, level, payload = self._encode(memory, shape, draft.payload)
+        codec, level, payload = self._encode(arena, shape, draft.payload)
         tables = self.codecs.digest(codec)
         header = replace(self.header, codec=codec, level=level, tables=tables, raw_bytes=shape.raw_bytes)
         return draft.seal(header) if payload is None else frames.seal(header, [payload])
 
-    def _encode(self, memory: Arena, shape: AtomShape, into: memoryview) -> tuple[str, int, Payload | None]:
+    def _encode(self, arena: Arena, shape: AtomShape, into: memoryview) -> tuple[str, int, Payload | None]:
         """(codec, level, payload). None for `raw`, whose payload is the atom as it is: it lies where it was read to."""
-        atom = Atom(shape, memory.read(self.table, shape.layers, shape.tokens, shape.heads, into=into))
+        atom = Atom(shape, arena.read(self.table, shape.layers, shape.tokens, shape.heads, into=into))
         codec, level, payload = self.codecs.encode_or_raw(self.header.codec, atom, self.header.level)
         return codec, level, None if codec == RAW else payload
 
@@ -64,18 +67,24 @@ class DecodeJob:
     table: BlockTable
     codecs: CodecSet
 
-    def run(self, memory: Arena) -> int:
+    def run(self, memory: Memory) -> int:
         frames.verify_checksum_untrusted(self.frame)
         header = self.header
-        shape = frames.check_atom_untrusted(header, memory.schema.kv)
-        if header.schema_digest != memory.schema.digest:
-            raise FrameError("schema")
-        if header.token_end > len(self.table) * memory.block_size:
+        arena = _arena_untrusted(memory, header.schema_digest)
+        shape = frames.check_atom_untrusted(header, arena.schema.kv)
+        if header.token_end > len(self.table) * arena.block_size:
             raise FrameError("range")
         codec = self.codecs.check_untrusted(header.codec, header.level, header.tables, shape, header.payload_bytes)
         bytes_LHPTX = codec.decode_untrusted(frames.payload_of(self.frame), shape, header.level)
-        memory.write(self.table, shape.layers, shape.tokens, shape.heads, bytes_LHPTX)
+        arena.write(self.table, shape.layers, shape.tokens, shape.heads, bytes_LHPTX)
         return frames.checksum_of(self.frame)
+
+
+def _arena_untrusted(memory: Memory, schema_digest: bytes) -> Arena:
+    try:
+        return memory.of(schema_digest)
+    except KeyError:
+        raise FrameError("schema") from None
 
 
 def atoms(

@@ -8,6 +8,7 @@ from enum import StrEnum
 
 from engine.base.errors import Status
 from engine.commands import SampledToken
+from engine.images import PIXEL_BYTES, PromptImage
 from engine.types import FinishReason, SamplingParams, TokenLogprobs
 from kv_transfer.codecs import Encoding
 
@@ -25,6 +26,7 @@ class Work:
     priority: int = 0
     choices: tuple[int, ...] = (0,)
     children: tuple[int, ...] = ()  # a group's: the sequence of each choice, where it decodes
+    images: tuple[PromptImage, ...] = ()
     identity: str = ""  # of cached KV that will do: "" exact only, else also what has come through this encoding
 
     @property
@@ -37,6 +39,22 @@ class Work:
         """A group's work, choice by choice: what each of its children is by itself. None for a single choice."""
         pairs = zip(self.children, self.choices if self.children else (), strict=True)
         return tuple(replace(self, seq_id=child, choices=(choice,), children=()) for child, choice in pairs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodeWork:
+    """An attempt's image: make the embedding `key`, of `features` rows, from so many pixels."""
+
+    seq_id: int
+    key: bytes
+    features: int
+    width: int
+    height: int
+    priority: int = 0
+
+    @property
+    def pixel_bytes(self) -> int:
+        return self.width * self.height * PIXEL_BYTES
 
 
 class RelocateReason(StrEnum):
@@ -123,3 +141,26 @@ class AttemptOver:
     seq_id: int
     status: Status | None = None
     reason: str = ""
+
+
+# -- images ------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PixelsWanted(AttemptReport):
+    """An encode has memory for its embedding, and needs bytes [offset, offset + length) of its pixels."""
+
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoded(AttemptReport):
+    """The embedding is whole and held."""
+
+    cached: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImagesWanted(AttemptReport):
+    """A prefill has memory for all of its images; these are to be sent: (index, transfer id)."""
+
+    transfers: tuple[tuple[int, bytes], ...]

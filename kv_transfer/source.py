@@ -1,7 +1,8 @@
 """Source: sends the KV of held sequences to targets while it is still being computed. A pure machine.
 
 One `Source` serves all outbound transfers of a worker, whether the sequence comes from a prefill that is running or
-from a decode that has been paused: both are regions of computed KV in held units.
+from a decode that has been paused: both are regions of computed KV in held units. Embeddings of images have a schema of
+their own, so another `Source` sends them: rows for tokens, and nothing that is sampled after them.
 
     hold() -> HELD --bind()--> SENDING --all regions sent, tokens known--> END sent --COMMITTED--> Delivered
                ^                  |  link lost | refused | no answer                 -> DeliveryFailed
@@ -100,6 +101,7 @@ class _Outgoing:
     identity: str = EXACT  # of the KV that is held
     computed: list[Region] = field(default_factory=list)
     branches: tuple[tuple[int, ...], ...] | None = None
+    rope_delta: int = 0
     delivery: _Delivery | None = None
 
 
@@ -143,12 +145,15 @@ class Source:
         self._queue(outgoing.delivery, (layers, tokens))
         return self._pump(outgoing, now_us)
 
-    def complete(self, seq_id: int, branches: tuple[tuple[int, ...], ...], now_us: int) -> list[object]:
-        """Everything is computed, and these are the tokens sampled after it: END may go out."""
+    def complete(
+        self, seq_id: int, branches: tuple[tuple[int, ...], ...], now_us: int, *, rope_delta: int = 0
+    ) -> list[object]:
+        """Everything is computed, and these are the tokens sampled after it (see `End`): END may go out."""
         outgoing = self._outgoing.get(seq_id)
         if outgoing is None:
             return []
         outgoing.branches = branches
+        outgoing.rope_delta = rope_delta
         return self._pump(outgoing, now_us)
 
     def bind(self, seq_id: int, binding: Binding, now_us: int) -> list[object]:
@@ -256,7 +261,7 @@ class Source:
     def _send_end(
         self, outgoing: _Outgoing, delivery: _Delivery, branches: tuple[tuple[int, ...], ...], now_us: int
     ) -> Send:
-        end = End(branches=branches, frames=delivery.frames, digest=delivery.digest)
+        end = End(branches=branches, frames=delivery.frames, digest=delivery.digest, rope_delta=outgoing.rope_delta)
         header = self._header(delivery, FrameKind.END, delivery.next_sequence)
         if outgoing.identity != EXACT:  # the binding's encoding is `raw` then, but the KV is not exact
             lossy = Encoding.of(outgoing.identity)

@@ -44,6 +44,7 @@ class Arrived:
 
     seq_id: int
     branches: tuple[tuple[int, ...], ...]  # the token the source has sampled, per choice; none for one that is over
+    rope_delta: int = 0  # from a token's index to its position, after images
     encoding: Encoding  # what some of it has come through, where not all of it came raw
     bytes_raw: int
     bytes_wire: int
@@ -125,6 +126,7 @@ class Target:
     ) -> bytes:
         """Accept frames into `table` from now on; returns the transfer id that the source must name.
 
+        Rows of an embedding are its tokens, and it has no `choices`: nothing is sampled after it.
         `identity` is what the KV will be known as here. With it a lossy codec may be used; no other one may.
         """
         incoming = _Incoming(seq_id, self._mint(), epoch, table, skip_tokens, context_tokens, choices, identity)
@@ -269,6 +271,7 @@ class Target:
         try:
             end = frames.parse_end_untrusted(frames.payload_of(data))
             self._check_branches_untrusted(incoming, end)
+            self._check_positions_untrusted(incoming, end)
             self._check_identity_untrusted(incoming, header)
         except FrameError as error:
             self._counters[f"frames_rejected:{error.reason}"] += 1
@@ -287,6 +290,12 @@ class Target:
             if len(branch) > 1 or any(token >= self._vocab_size for token in branch):
                 raise FrameError("payload")
 
+    @staticmethod
+    def _check_positions_untrusted(incoming: _Incoming, end: End) -> None:
+        """Images take up fewer positions than tokens, never more, and none comes before the first."""
+        if not -incoming.context_tokens <= end.rope_delta <= 0:
+            raise FrameError("payload")
+
     def _commit_if_whole(self, incoming: _Incoming, now_us: int) -> list[object]:
         """Decode starts only on a verified END whose every frame is in memory (reliability lesson 7)."""
         end = incoming.end
@@ -300,6 +309,7 @@ class Target:
         arrived = Arrived(
             seq_id=incoming.seq_id,
             branches=end.branches,
+            rope_delta=end.rope_delta,
             encoding=incoming.encoding,
             bytes_raw=incoming.bytes_raw,
             bytes_wire=incoming.bytes_wire,

@@ -4,6 +4,9 @@
     bind: the Source may send; a binding to this very worker moves nothing: the sequence decodes here
     Delivered: the target has it all, the units are free
 
+A prompt with images is added to the engine once their embeddings are here (`ImageGathering`); it reads them until it
+is computed.
+
 A request of several choices is one sequence here, a *group*: one prompt, one token per choice, one transfer with a
 branch per choice.
 
@@ -13,11 +16,24 @@ Not here: which target (router), what a frame is (kv_transfer), when a step runs
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from engine.base.errors import Status
 from engine.base.machine import Command
-from engine.commands import AddPrefill, Admitted, DecodeHere, KVComputed, MarkBound, Prefilled, SampledToken
+from engine.commands import (
+    AddPrefill,
+    Admitted,
+    DecodeHere,
+    EmbeddingsReserved,
+    KVComputed,
+    MarkBound,
+    Prefilled,
+    SampledToken,
+)
+from engine.images import PlacedImage, rope_delta
 from kv_transfer.custody import Custody
 from kv_transfer.reports import AttemptOver, FirstToken, NearTurn, Relocate, RelocateReason, Work
 from kv_transfer.source import Binding, Delivered, DeliveryFailed, Source
+from kv_transfer.target import ArrivalFailed, Arrived
+from prefill_worker.images import ImageGathering
 
 
 @dataclass(slots=True)
@@ -27,11 +43,12 @@ class _Prefill:
 
 
 class PrefillRole:
-    """The prefills of one worker."""
+    """The prefills of one worker. Without `images` it is of a model that does not see."""
 
-    def __init__(self, *, source: Source, custody: Custody) -> None:
+    def __init__(self, *, source: Source, custody: Custody, images: ImageGathering | None = None) -> None:
         self._source = source
         self._custody = custody
+        self._images = images
         self._prefills: dict[int, _Prefill] = {}
 
     def owns(self, seq_id: int) -> bool:
@@ -43,6 +60,12 @@ class PrefillRole:
     def add(self, work: Work) -> list[object]:
         self._prefills[work.seq_id] = _Prefill(work)
         self._custody.begin(work.seq_id)
+        if not work.images:
+            return self._compute(work, ())
+        assert self._images is not None, "images for a model that does not see"
+        return self._images.begin(work.seq_id, work.images)
+
+    def _compute(self, work: Work, images: tuple[PlacedImage, ...]) -> list[object]:
         command = AddPrefill(
             seq_id=work.seq_id,
             token_ids=work.token_ids,
@@ -51,6 +74,7 @@ class PrefillRole:
             tenant=work.tenant,
             choices=work.choices,
             priority=work.priority,
+            images=images,
         )
         return [Command(command)]
 
@@ -73,7 +97,40 @@ class PrefillRole:
         """Idempotent, in every stage."""
         if self._prefills.pop(seq_id, None) is None:
             return []
-        return [*self._source.drop(seq_id), *self._custody.end(seq_id)]
+        gathered = self._images.drop(seq_id) if self._images is not None else []
+        return [*self._source.drop(seq_id), *self._custody.end(seq_id), *gathered]
+
+    # -- images --------------------------------------------------------------------------------------------------------
+    def gathers(self, seq_id: int) -> bool:
+        """Its images are not all here: the engine has not heard of it yet."""
+        return self._images is not None and self._images.gathers(seq_id)
+
+    def waiting_for(self, image: int) -> int | None:
+        """The prefill that waits for this embedding."""
+        return self._images.prompt_of(image) if self._images is not None else None
+
+    def on_images_reserved(self, event: EmbeddingsReserved, epoch: int) -> list[object]:
+        seq_id = self.waiting_for(event.grants[0].seq_id)
+        if seq_id is None or self._images is None:
+            return []
+        return [*self._images.on_reserved(event, epoch), *self._compute_if_gathered(seq_id)]
+
+    def on_image_arrived(self, event: Arrived) -> list[object]:
+        seq_id = self.waiting_for(event.seq_id)
+        if seq_id is None or self._images is None:
+            return []
+        return [*self._images.on_arrived(event), *self._compute_if_gathered(seq_id)]
+
+    def _compute_if_gathered(self, seq_id: int) -> list[object]:
+        images = self._images.take(seq_id) if self._images is not None else None
+        return [] if images is None else self._compute(self._prefills[seq_id].work, images)
+
+    def on_image_failed(self, event: ArrivalFailed) -> list[object]:
+        """Nothing has been computed yet: the router starts over, where the images are."""
+        seq_id = self.waiting_for(event.seq_id)
+        if seq_id is None:
+            return []
+        return [*self.abort(seq_id), AttemptOver(seq_id=seq_id, status=Status.UNAVAILABLE, reason=event.reason)]
 
     # -- engine events -------------------------------------------------------------------------------------------------
     def on_admitted(self, event: Admitted) -> list[object]:
@@ -97,11 +154,12 @@ class PrefillRole:
         if prefill is None:
             return []
         prefill.tokens = event.tokens
-        first = _first_tokens(event.tokens)
+        first = [*_first_tokens(event.tokens), *self._custody.has_read(event.seq_id)]
         if event.finished:
             return [*first, *self.abort(event.seq_id), AttemptOver(seq_id=event.seq_id)]
         branches = tuple(() if token.finish is not None else (token.token_id,) for token in event.tokens)
-        return [*first, *self._source.complete(event.seq_id, branches, now_us)]
+        delta = rope_delta(prefill.work.images)
+        return [*first, *self._source.complete(event.seq_id, branches, now_us, rope_delta=delta)]
 
     # -- transfer outcomes ---------------------------------------------------------------------------------------------
     def on_delivered(self, event: Delivered) -> list[object]:

@@ -186,7 +186,9 @@ def _other(found: Setting, flag: str) -> Any:
 
 
 def _type(found: Setting) -> Any:
-    """Numbers may come in one text, parted by commas; `sources` takes them apart, as in a variable."""
+    """What may come as a text of another form, such as numbers parted by commas, `sources` reads, as in a variable."""
+    if found.said.spelling is not None:
+        return str | None
     if found.several:
         return str | None if found.kind is int else list[found.kind] | None  # type: ignore[name-defined]
     return found.kind | None

@@ -43,6 +43,8 @@ def wrong_value(setting: Setting, value: Any) -> str:
 
 
 def accepted(setting: Setting) -> str:
+    if setting.said.spelling is not None:
+        return setting.said.spelling.accepted
     if issubclass(setting.kind, Enum):
         known = ", ".join(str(each.value) for each in setting.kind)
         return f"one or several of {known}" if setting.several else f"one of {known}"

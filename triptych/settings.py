@@ -13,7 +13,7 @@ Not here: what may be combined; the dataclasses check themselves.
 
 import dataclasses
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from types import UnionType
@@ -21,6 +21,7 @@ from typing import Any, Final, TypeVar, cast
 
 from control_plane.options import (
     MODEL_DEFAULT,
+    MODEL_DEMO,
     ControllerOptions,
     EdgeOptions,
     EngineOptions,
@@ -30,6 +31,7 @@ from control_plane.options import (
 from deploy.children import PREFIX
 from deploy.options import ServeOptions
 from engine.base import limits
+from triptych.media_limits import images_allowed
 
 Options = TypeVar("Options")
 
@@ -55,6 +57,16 @@ class Said:
     aliases: tuple[str, ...] = ()  # flags of before: they work, and no help shows them
     secret: bool = False
     metavar: str = ""  # what help calls a value, where its type alone does not say
+    spelling: "Spelling | None" = None  # where a value may be written in other ways than its type's
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spelling:
+    """Other ways to write one value, as other servers have them."""
+
+    read: Callable[[Any], Any]  # from any of them to what the type's own way has; ValueError: it is none of them
+    forms: Any  # as a type: what a file may hold
+    accepted: str  # in words
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +153,9 @@ def _without_none(annotation: Any) -> Any:
 # -- what is said ------------------------------------------------------------------------------------------------------
 _ENGINE = {
     "model": Said(
-        help=f"Checkpoint directory, '{MODEL_DEFAULT}' or 'oracle' (no weights).", panel=MODEL, metavar="MODEL"
+        help=f"Checkpoint directory, '{MODEL_DEFAULT}', '{MODEL_DEMO}' (sees) or 'oracle' (no weights).",
+        panel=MODEL,
+        metavar="MODEL",
     ),
     "executor": Said(help="torch runs the model; oracle and paced need no torch and no weights.", panel=MODEL),
     "dtype": Said(help="Of weights and KV; auto is the checkpoint's.", panel=MODEL),
@@ -149,6 +163,9 @@ _ENGINE = {
     "max_model_len": Said(help="Tokens of prompt and answer together; default: the checkpoint's.", panel=MODEL),
     "block_size": Said(help="Tokens in one KV block.", panel=KV),
     "kv_cache_mib": Said(help="KV memory per worker; default: a share of what is free.", panel=KV, metavar="MIB"),
+    "embedding_cache_mib": Said(
+        help="Image embeddings kept per worker; default: a smaller share.", panel=KV, metavar="MIB"
+    ),
     "prefix_cache": Said(
         name="enable-prefix-caching", aliases=("prefix-cache",), help="Reuse KV of equal prefixes.", panel=KV
     ),
@@ -163,8 +180,12 @@ _ENGINE = {
         panel=RUN,
     ),
     "batching": Said(help="What one step runs; `triptych methods` lists what there is.", panel=RUN),
+    "encode_image_ms": Said(help="What a paced worker takes to encode an image.", panel=RUN, metavar="MS"),
     "tbt_slo_ms": Said(help="Bound on the time between two tokens; needs `triptych fit`.", panel=RUN, metavar="MS"),
 }
+_IMAGES = Spelling(
+    read=images_allowed, forms=int | str | dict[str, int], accepted='a whole number, image=N or {"image": N}'
+)
 _EDGE = {
     "served_model_name": Said(help="What clients call the model; default: the checkpoint's name.", panel=ANSWERS),
     "chat_template": Said(help="A Jinja file; default: the checkpoint's own.", panel=ANSWERS),
@@ -174,6 +195,14 @@ _EDGE = {
         help="How long a request may wait for a worker before it is refused.",
         panel=ANSWERS,
         metavar="SECONDS",
+    ),
+    "limit_mm_per_prompt": Said(
+        help="Images that one request may hold: N, image=N or JSON.", panel=ANSWERS, metavar="N", spelling=_IMAGES
+    ),
+    "allowed_media_domains": Said(
+        help="A host whose images may be fetched; may be given again. None: data URLs only.",
+        panel=ANSWERS,
+        metavar="HOST",
     ),
     "api_keys": Said(
         name="api-key",
@@ -209,7 +238,7 @@ _DRAIN = {
     ),
 }
 _POOLS = {
-    "encode": Said(help="Workers for images (not yet).", panel=WORKERS),
+    "encode": Said(help="Workers for images; default: one, if the model sees.", panel=WORKERS),
     "prefill": Said(help="Workers that only prefill.", panel=WORKERS),
     "decode": Said(help="Workers that only decode.", panel=WORKERS),
     "mixed": Said(help="Workers that do both.", panel=WORKERS),

@@ -13,7 +13,7 @@ Not here: which settings there are (`settings`), and what may be combined (the o
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from pathlib import Path
@@ -34,7 +34,7 @@ from control_plane.options import OptionError
 from deploy.children import OWN_VARIABLES, PREFIX
 from triptych.config_file import Entry, read_entries
 from triptych.mistakes import ConfigError, nearest, wrong_value
-from triptych.settings import COMMANDS, Options, Setting, build, settings_of
+from triptych.settings import COMMANDS, Options, Setting, Spelling, build, settings_of
 
 CONFIG_VARIABLE: Final = f"{PREFIX}CONFIG"
 MASK: Final = "***"
@@ -196,9 +196,21 @@ def _field(setting: Setting) -> tuple[Any, Any]:
 
 
 def _check(setting: Setting) -> BeforeValidator:
+    if (spelling := setting.said.spelling) is not None:
+        return BeforeValidator(_spelled(spelling), json_schema_input_type=spelling.forms)
     if setting.several:
         return BeforeValidator(_listed, json_schema_input_type=setting.type | str)
     return BeforeValidator(_number if setting.kind in (int, float) else _same)
+
+
+def _spelled(spelling: Spelling) -> Callable[[Any], Any]:
+    def read(value: Any) -> Any:
+        try:
+            return _number(spelling.read(value))
+        except ValueError:
+            raise PydanticCustomError("spelling", "is not written in any of the ways") from None
+
+    return read
 
 
 def _listed(value: Any) -> Any:

@@ -19,9 +19,9 @@ from rich.table import Table
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from bench.figures import Bar, Figure, machine
+from engine.models.demo_vlm.assemble import ensure_demo_vlm
 from triptych.demo.drawing import draw
 from triptych.demo.scenes import CHOICES, UNSEEN, Kind, Question, Scene, Space, scene_of
-from triptych.demo_vlm.assemble import ensure_demo_vlm
 
 BATCH: Final = 20
 ANSWER_TOKENS_MAX: Final = 8

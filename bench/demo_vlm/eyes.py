@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from triptych.demo_vlm.assemble import read_config
+from engine.models.demo_vlm.assemble import read_config
 
 
 class Eyes(nn.Module):

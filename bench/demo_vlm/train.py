@@ -29,8 +29,8 @@ from bench.demo_vlm.pictures import Pictures, drawn
 from bench.demo_vlm.reader import Order, Reader, Talk
 from bench.demo_vlm.recipe import Recipe, SightStage
 from engine.models.checkpoint import ensure_default_model
+from engine.models.demo_vlm.assemble import WEIGHTS, packaged
 from triptych.demo.scenes import KINDS, Kind, Scene, Space, questions_about, scene_of
-from triptych.demo_vlm.assemble import WEIGHTS, packaged
 
 CAPTION: Final = "caption.safetensors"
 SIGHT: Final = "sight.safetensors"

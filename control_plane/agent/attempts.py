@@ -11,7 +11,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from engine.base.machine import LinkName
-from kv_transfer.reports import Work
+from kv_transfer.reports import EncodeWork, Work
 
 
 @dataclass(slots=True)
@@ -21,7 +21,12 @@ class Attempt:
     attempt: int
     seq_id: int
     deadline_us: int
-    work: Work
+    work: Work | EncodeWork
+
+    @property
+    def seq_ids(self) -> tuple[int, ...]:
+        """Its own, and those of a group's choices."""
+        return (self.seq_id, *(self.work.children if isinstance(self.work, Work) else ()))
 
     @property
     def key(self) -> tuple[LinkName, int, int]:

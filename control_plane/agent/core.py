@@ -5,36 +5,31 @@ Everything a worker hears (routers, the controller, other workers, its engine, i
 `DecodeRole` (what the work is), `Source` and `Target` (how KV moves), `Custody` (who may free units). This file routes
 between them, translates to and from the wire, and owns what concerns the worker as a whole: its state and its end.
 
-    routers     --Prefill, Reserve, Bind, Abort-->  attempts -> roles -> engine commands
-    workers     --frames-->                         Target, or answers to our Source
-    engine      --events-->                         roles -> reports -> routers
+    routers     --Encode, Prefill, Reserve, Bind, Abort-->  attempts -> roles -> engine commands
+    workers     --frames-->                                 Targets, or answers to our Sources
+    engine      --events-->                                 roles -> reports -> routers
 
-A worker is neutral: "prefill", "decode" and "both" differ only in the set of roles it holds.
+A worker is neutral: "encode", "prefill", "decode" and "mixed" differ only in the set of roles it holds.
 """
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
-from itertools import count
+from functools import partial
 from random import Random
+from typing import Protocol
 
 from control_plane.agent.attempts import Attempt, AttemptTable
+from control_plane.agent.intake import Intake, Members, deadline_us
 from control_plane.agent.lease import CONTROLLER, Lease
+from control_plane.agent.status import Config, WorkerState, describe, status
 from control_plane.agent.target_links import TargetLinks
+from control_plane.agent.transfers import Transfers
 from control_plane.wire import session_pb2 as pb
-from control_plane.wire.session import WIRE_VERSION, Session, hello, parse_hello_untrusted
-from control_plane.wire.translate import (
-    choice_attempts_from_wire_untrusted,
-    choices_from_wire_untrusted,
-    context_from_wire_untrusted,
-    encoding_from_wire_untrusted,
-    offers_to_wire,
-    report_to_wire,
-    sampling_from_wire_untrusted,
-    tokens_to_wire,
-)
+from control_plane.wire.session import Session, hello, parse_hello_untrusted
+from control_plane.wire.translate import choice_attempts_from_wire_untrusted, report_to_wire, tokens_to_wire
 from decode_worker import role as decode
+from encode_worker.role import EncodeRole
 from engine import commands
 from engine.base import limits
 from engine.base.errors import FrameError, Status
@@ -52,29 +47,19 @@ from engine.base.machine import (
     Tick,
 )
 from engine.kv.schema import CacheSchema
+from engine.scheduler import Failure
 from engine.types import Role
 from kv_transfer import reports
-from kv_transfer.codecs import RAW_ENCODING, CodecSet
+from kv_transfer.codecs import CodecSet
 from kv_transfer.custody import Custody
 from kv_transfer.frame import TRANSFER_ID_BYTES
 from kv_transfer.offers import offers_of
-from kv_transfer.source import Binding, Delivered, DeliveryFailed, Source
-from kv_transfer.target import ArrivalFailed, Arrived, Target
+from kv_transfer.source import Binding, Delivered, DeliveryFailed
+from kv_transfer.target import ArrivalFailed, Arrived
+from prefill_worker.images import ImageGathering
 from prefill_worker.role import PrefillRole
 
-
-class WorkerState(StrEnum):
-    """The only list of worker states (DESIGN 7). SUSPECT and DEAD are the controller's views of a worker."""
-
-    STARTING = "STARTING"
-    STANDBY = "STANDBY"
-    SERVING = "SERVING"
-    QUIESCING = "QUIESCING"
-    DRAINING = "DRAINING"
-    REBINDING = "REBINDING"
-    WARMING = "WARMING"
-    ROLLING_BACK = "ROLLING_BACK"
-    FAILED = "FAILED"
+__all__ = ["Config", "Drain", "Drained", "WorkerCore", "WorkerState"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,23 +72,6 @@ class Drain:
 @dataclass(frozen=True, slots=True)
 class Drained:
     """Output: this worker holds nothing for anybody; its process may end."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    worker_id: str  # random per process start: identity never survives a restart (DESIGN 2.3)
-    name: str
-    address: str
-    controller_address: str
-    roles: frozenset[Role]
-    model: str
-    schema: CacheSchema
-    codecs: CodecSet
-    vocab_size: int
-    max_model_len: int
-    block_size: int
-    columns: int
-    growth_tokens: int = limits.GROWTH_RESERVE_TOKENS
 
 
 class WorkerCore:
@@ -124,7 +92,7 @@ class WorkerCore:
         self.counters: Counter[str] = Counter()
         self._failpoint = failpoint
         self._count_tasks = count_tasks
-        self._load = commands.EngineLoad(free_columns=config.columns, total_columns=config.columns)
+        self._load = config.empty_load
         self._attempts = AttemptTable()
         self._routers: dict[LinkName, Session] = {}
         self._sources: set[LinkName] = set()  # inbound bulk links: peers that send us frames
@@ -136,28 +104,35 @@ class WorkerCore:
 
     def _build_parts(self, random: Random) -> None:
         config = self.config
-        job_keys = count(1)
         self.custody = Custody()
-        self._source = Source(
-            config.schema, codecs=config.codecs, custody=self.custody, job_keys=job_keys, counters=self.counters
-        )
-        self._target = Target(
-            config.schema,
-            codecs=config.codecs,
+        self._intake = Intake(config, self._attempts.mint)
+        self._transfers = Transfers(
             custody=self.custody,
-            mint_transfer_id=lambda: random.randbytes(TRANSFER_ID_BYTES),
-            job_keys=job_keys,
             counters=self.counters,
+            mint_transfer_id=partial(random.randbytes, TRANSFER_ID_BYTES),
             vocab_size=config.vocab_size,
         )
-        self._prefill = PrefillRole(source=self._source, custody=self.custody)
+        kv = self._transfers.add(config.schema, config.codecs)
+        self._encode, gathering = self._build_sight(config.embedding_schema)
+        self._prefill = PrefillRole(source=kv.source, custody=self.custody, images=gathering)
         self._decode = decode.DecodeRole(
             decode.Config(growth_tokens=config.growth_tokens),
-            source=self._source,
-            target=self._target,
+            source=kv.source,
+            target=kv.target,
             custody=self.custody,
         )
+        self._roles: list[_Role] = [role for role in (self._encode, self._prefill, self._decode) if role is not None]
         self._lease = Lease(worker=config.worker_id, address=config.controller_address, describe=self._describe)
+
+    def _build_sight(self, schema: CacheSchema | None) -> tuple[EncodeRole | None, ImageGathering | None]:
+        """What a worker of a model that sees has besides: embeddings are made here, and gathered here."""
+        if schema is None:
+            return None, None
+        source, target = self._transfers.add(schema, CodecSet(schema.kv))
+        gathering = ImageGathering(target=target, custody=self.custody, mint=self._attempts.mint)
+        if not self.config.encodes:
+            return None, gathering
+        return EncodeRole(source=source, custody=self.custody, ahead_bytes=limits.PIXELS_AHEAD_BYTES), gathering
 
     # -- the machine ---------------------------------------------------------------------------------------------------
     def step(self, event: object, now_us: int) -> Sequence[object]:
@@ -175,8 +150,7 @@ class WorkerCore:
             case EngineEvents(events):
                 return [action for item in events for action in self._on_engine_event(item, now_us)]
             case JobDone():
-                part = self._target if self._target.is_job(event.key) else self._source
-                return self._settle(part.on_job(event, now_us), now_us)
+                return self._settle(self._transfers.on_job(event, now_us))
             case Tick():
                 return self._on_tick(now_us)
             case LinkUp(link, introduction):
@@ -195,7 +169,7 @@ class WorkerCore:
     def next_deadline_us(self) -> int | None:
         deadlines = (
             self._lease.next_deadline_us,
-            self._source.next_deadline_us,
+            self._transfers.next_deadline_us,
             self._attempts.next_deadline_us,
             self._next_status_us,
             self._quiesce_us,
@@ -205,15 +179,15 @@ class WorkerCore:
     @property
     def held(self) -> int:
         """Attempts, transfers and sequences this worker still holds anything for."""
-        return len(self._attempts) + len(self._source) + len(self._target) + len(self.custody)
+        return len(self._attempts) + len(self._transfers) + len(self.custody)
 
     def _on_tick(self, now_us: int) -> list[object]:
         actions: list[object] = [*self._lease.on_tick(now_us)]
-        actions += self._settle(self._source.on_tick(now_us), now_us)
+        actions += self._settle(self._transfers.on_tick(now_us))
         for attempt in self._attempts.expired(now_us):
             if self._attempts.of_sequence(attempt.seq_id) is attempt:  # not gone with its group, a moment ago
                 self.counters["attempts_expired"] += 1
-                actions += self._fail_attempt(attempt, Status.DEADLINE_EXCEEDED, "deadline", now_us)
+                actions += self._fail_attempt(attempt, Status.DEADLINE_EXCEEDED, "deadline")
         if self._quiesce_us is not None and self._quiesce_us <= now_us:
             self._quiesce_us = now_us + limits.HEARTBEAT_MS * 1_000  # again: transfers under way still arrive
             actions += self._decode.quiesce()
@@ -259,22 +233,24 @@ class WorkerCore:
         if self._routers.pop(link, None) is not None:
             orphans = self._attempts.of_link(link)
             self.counters["orphans_reaped"] += len(orphans)
+            for attempt in orphans:
+                self._forget(attempt)  # first all of them: what one leaves room for is not another one's turn
             return [action for attempt in orphans for action in self._drop(attempt)]
         if link in self._targets:
             unbound: list[object] = [
                 DeliveryFailed(seq_id=seq_id, target_attempt=binding.target_attempt, reason="link_lost")
                 for seq_id, binding in self._targets.on_lost(link)
             ]
-            return self._settle([*unbound, *self._source.on_link_lost(link)], now_us)
+            return self._settle([*unbound, *self._transfers.on_target_lost(link)])
         self._sources.discard(link)
-        return self._settle(self._target.on_link_lost(link), now_us)
+        return self._settle(self._transfers.on_source_lost(link))
 
     def _on_message(self, link: LinkName, message: bytes, now_us: int) -> list[object]:
         if link in self._sources:
             self._failpoint("decode.receiving")
-            return self._settle(self._target.on_frame(link, message, now_us), now_us)
+            return self._settle(self._transfers.on_frame(link, message, now_us))
         if link in self._targets:
-            return self._settle(self._source.on_frame(link, message, now_us), now_us)
+            return self._settle(self._transfers.on_answer(link, message, now_us))
         if link == CONTROLLER:
             return self._lease.on_message(message)
         session = self._routers.get(link)
@@ -293,6 +269,10 @@ class WorkerCore:
                 return self._on_prefill(link, envelope.prefill, now_us)
             case "reserve":
                 return self._on_reserve(link, envelope.reserve, now_us)
+            case "encode":
+                return self._on_encode(link, envelope.encode, now_us)
+            case "pixels":
+                return self._on_pixels(link, envelope.pixels)
             case "bind":
                 return self._on_bind(link, envelope.bind, now_us)
             case "abort":
@@ -308,10 +288,10 @@ class WorkerCore:
         if not self._takes(Role.PREFILL):
             return [self._refuse_attempt(link, message, Status.UNAVAILABLE, "not_serving")]
         try:
-            work = self._work_untrusted(message, choices_from_wire_untrusted(message.choices))
+            work = self._intake.prefill_untrusted(message)
         except FrameError as error:
             return [self._refuse_attempt(link, message, Status.INVALID_ARGUMENT, error.reason)]
-        self._record(self._attempt(link, message, work, now_us))
+        self._record(_attempt(link, message, work, now_us))
         self._failpoint("prefill.queued")
         return self._prefill.add(work)
 
@@ -320,14 +300,12 @@ class WorkerCore:
         if refusal is not None:
             return [self._refuse_reserve(link, message, refusal)]
         try:
-            members = choice_attempts_from_wire_untrusted(message.choices)
-            work = self._work_untrusted(message, tuple(choice for _, choice in members) or (0,))
-            identity = encoding_from_wire_untrusted(message).identity
+            work, members = self._intake.reserve_untrusted(message)
         except FrameError:
             return [self._refuse_reserve(link, message, pb.INVALID)]
-        work = replace(work, identity=identity, children=self._mint_children(work))
-        attempt = self._attempt(link, message, work, now_us)
-        self._record(attempt, *_children(attempt, members))
+        work = replace(work, children=self._intake.children(work))
+        attempt = _attempt(link, message, work, now_us)
+        self._record(attempt, *_children(attempt, work, members))
         return self._decode.reserve(work)
 
     def _reserve_refusal(self, message: pb.Reserve) -> pb.Refusal | None:
@@ -338,33 +316,32 @@ class WorkerCore:
         return None if self._takes(Role.DECODE) else pb.NOT_SERVING
 
     def _takes(self, role: Role) -> bool:
-        room = len(self._attempts) < limits.WORKER_ATTEMPTS_MAX
-        return room and self.state is WorkerState.SERVING and role in self.config.roles
+        return self._has_room and role in self.config.roles
 
-    def _work_untrusted(self, message: pb.Prefill | pb.Reserve, choices: tuple[int, ...]) -> reports.Work:
-        """Raises FrameError, also for what a router should have refused: its word is not enough for an index kernel."""
-        token_ids = context_from_wire_untrusted(
-            message, vocab_size=self.config.vocab_size, max_len=self.config.max_model_len
-        )
-        return reports.Work(
-            seq_id=self._attempts.mint(),
-            token_ids=token_ids,
-            prompt_tokens=message.prompt_tokens,
-            sampling=sampling_from_wire_untrusted(message.sampling, self.config.vocab_size),
-            tenant=message.tenant,
-            priority=message.priority,
-            choices=choices,
-        )
+    @property
+    def _has_room(self) -> bool:
+        return self.state is WorkerState.SERVING and len(self._attempts) < limits.WORKER_ATTEMPTS_MAX
 
-    def _mint_children(self, work: reports.Work) -> tuple[int, ...]:
-        """A sequence for each choice of a group; none for a single choice, which is its own."""
-        return tuple(self._attempts.mint() for _ in work.choices) if len(work.choices) > 1 else ()
+    def _on_encode(self, link: LinkName, message: pb.Encode, now_us: int) -> list[object]:
+        if self._encode is None or not self._has_room:
+            return [self._refuse_attempt(link, message, Status.UNAVAILABLE, "not_serving")]
+        if message.schema_digest != self.config.embedding_digest:
+            return [self._refuse_attempt(link, message, Status.UNAVAILABLE, "schema")]
+        try:
+            work = self._intake.encode_untrusted(message)
+        except FrameError as error:
+            return [self._refuse_attempt(link, message, Status.INVALID_ARGUMENT, error.reason)]
+        self._record(_attempt(link, message, work, now_us))
+        self._failpoint("encode.queued")
+        return self._encode.add(work)
 
-    @staticmethod
-    def _attempt(link: LinkName, message: pb.Prefill | pb.Reserve, work: reports.Work, now_us: int) -> Attempt:
-        deadline_ms = min(message.deadline_ms or limits.REQUEST_DEADLINE_MS, limits.REQUEST_DEADLINE_MS_MAX)
-        deadline_us = now_us + deadline_ms * 1_000
-        return Attempt(link, message.request, message.attempt, work.seq_id, deadline_us, work)
+    def _on_pixels(self, link: LinkName, message: pb.Pixels) -> list[object]:
+        """Those of an attempt that has ended are still under way for a while."""
+        attempt = self._attempts.find(link, message.request, message.attempt)
+        if attempt is None or self._encode is None:
+            return []
+        self._failpoint("encode.receiving")
+        return self._settle(self._encode.pixels(attempt.seq_id, message.offset, message.data))
 
     def _record(self, *attempts: Attempt) -> None:
         """All or none. A number that is taken already would make two sequences one."""
@@ -382,94 +359,88 @@ class WorkerCore:
             return [self._refuse_attempt(link, message, Status.UNAVAILABLE, "unknown_attempt")]
         if message.target == self.config.worker_id:
             return self._bind_here(attempt, message, now_us)
-        if len(message.transfer_id) != TRANSFER_ID_BYTES:
-            raise FrameError("transfer")
-        encoding = encoding_from_wire_untrusted(message)
-        binding = Binding(
-            link=f"bulk/{message.target}",
-            transfer_id=message.transfer_id,
-            epoch=message.target_epoch,
-            skip_tokens=message.skip_tokens,
-            target_attempt=message.target_attempt,
-            encoding=encoding if self.config.codecs.has(encoding) else RAW_ENCODING,  # DESIGN 2.6
-        )
+        binding = self._intake.binding_untrusted(message, attempt.work)
         self._targets.forget(attempt.seq_id)
         if self._targets.is_up(binding.link):
             return self._bind(attempt.seq_id, binding, now_us)
         waits = self._targets.wait(attempt.seq_id, binding, message.target_address)
-        return [*self._source.unbind(attempt.seq_id), *waits]
+        return [*self._transfers.unbind(attempt.seq_id), *waits]
 
     def _bind(self, seq_id: int, binding: Binding, now_us: int) -> list[object]:
-        role = self._prefill if self._prefill.owns(seq_id) else self._decode
-        return self._settle(role.bind(seq_id, binding, now_us), now_us)
+        return self._settle(self._owner(seq_id).bind(seq_id, binding, now_us))
 
     def _bind_here(self, attempt: Attempt, message: pb.Bind, now_us: int) -> list[object]:
-        if not self._prefill.owns(attempt.seq_id):
+        if not isinstance(attempt.work, reports.Work) or not self._prefill.owns(attempt.seq_id):
             return []
+        if self._prefill.gathers(attempt.seq_id):
+            raise FrameError("images")  # it has had no turn yet, and is not in the engine
         members = choice_attempts_from_wire_untrusted(message.choices)
-        attempt.work = replace(attempt.work, children=self._mint_children(attempt.work))
-        if attempt.work.children and tuple(choice for _, choice in members) != attempt.work.choices:
+        attempt.work = work = replace(attempt.work, children=self._intake.children(attempt.work))
+        if work.children and tuple(choice for _, choice in members) != work.choices:
             raise FrameError("choices")
         if self._attempts.find(attempt.link, attempt.request, message.target_attempt) is not None:
             raise FrameError("attempt")
         self._attempts.rename(attempt, message.target_attempt)
-        self._record(*_children(attempt, members))
-        actions, tokens = self._prefill.give_to_decode(attempt.work)
-        return [*actions, *self._settle(self._decode.adopt(attempt.work, tokens), now_us)]
+        self._record(*_children(attempt, work, members))
+        actions, tokens = self._prefill.give_to_decode(work)
+        return [*actions, *self._settle(self._decode.adopt(work, tokens))]
 
     # -- what the engine says ------------------------------------------------------------------------------------------
     def _on_engine_event(self, event: object, now_us: int) -> list[object]:
         match event:
             case commands.KVComputed():
                 self._failpoint("prefill.computing")
-                return self._settle(self._prefill.on_computed(event, now_us), now_us)
+                return self._settle(self._prefill.on_computed(event, now_us))
             case commands.TokensSampled():
                 self._failpoint("decode.decoding")
-                return self._settle(self._decode.on_tokens(event), now_us)
+                return self._settle(self._decode.on_tokens(event))
             case commands.EngineLoad():
                 self._load = event
                 return []
             case commands.Admitted():
-                return self._settle(self._prefill.on_admitted(event), now_us)
+                return self._settle(self._prefill.on_admitted(event))
             case commands.Prefilled() if self._decode.owns(event.seq_id):
-                return self._settle(self._decode.on_prefilled(event), now_us)
+                return self._settle(self._decode.on_prefilled(event))
             case commands.Prefilled():
-                return self._settle(self._prefill.on_prefilled(event, now_us), now_us)
+                return self._settle(self._prefill.on_prefilled(event, now_us))
             case commands.PromptScored():
                 scored = reports.PromptScored(seq_id=event.seq_id, start=event.start, logprobs=event.logprobs)
-                return self._settle([scored], now_us)
+                return self._settle([scored])
             case commands.Reserved():
-                return self._settle(self._decode.on_reserved(event, self.epoch), now_us)
+                return self._settle(self._decode.on_reserved(event, self.epoch))
             case commands.Paused():
-                return self._settle(self._decode.on_paused(event, now_us), now_us)
+                return self._settle(self._decode.on_paused(event, now_us))
+            case commands.EmbeddingsReserved():
+                return self._settle(self._prefill.on_images_reserved(event, self.epoch))
+            case commands.PixelsNeeded() if self._encode is not None:
+                return self._settle(self._encode.on_pixels_needed(event))
+            case commands.Encoded() if self._encode is not None:
+                return self._settle(self._encode.on_encoded(event, now_us))
             case commands.StepFailed():
-                return self._on_step_failed(event, now_us)
+                return self._on_step_failed(event)
         raise TypeError(f"not an engine event: {event!r}")
 
-    def _on_step_failed(self, event: commands.StepFailed, now_us: int) -> list[object]:
+    def _on_step_failed(self, event: commands.StepFailed) -> list[object]:
         self.counters[f"step_failures:{event.reason}"] += 1
-        its_own = event.reason in commands.REQUESTS_OWN_FAULTS
-        status = Status.INVALID_ARGUMENT if its_own else Status.INTERNAL
-        return [
-            action
-            for seq_id in event.seq_ids
-            if (attempt := self._attempts.of_sequence(seq_id)) is not None
-            for action in self._fail_attempt(attempt, status, event.reason, now_us)
-        ]
+        failure = _STATUS_OF_FAILURE.get(event.reason, Status.INTERNAL)
+        actions: list[object] = []
+        for seq_id in event.seq_ids:
+            prompt = self._prefill.waiting_for(seq_id)  # an image's failure is its prompt's
+            attempt = self._attempts.of_sequence(seq_id if prompt is None else prompt)
+            if attempt is not None:
+                actions += self._fail_attempt(attempt, failure, event.reason)
+        return actions
 
     # -- outcomes ------------------------------------------------------------------------------------------------------
-    def _settle(self, items: Sequence[object], now_us: int) -> list[object]:
+    def _settle(self, items: Sequence[object]) -> list[object]:
         """Turn transfer outcomes and role reports, however nested, into actions. Plain actions pass through."""
         actions: list[object] = []
         for item in items:
             match item:
-                case Arrived():
-                    self._failpoint("decode.committed")
-                    actions += self._settle(self._decode.on_arrived(item), now_us)
-                case ArrivalFailed():
-                    actions += self._settle(self._decode.on_arrival_failed(item), now_us)
+                case Arrived() | ArrivalFailed():
+                    actions += self._settle(self._on_arrival(item))
                 case Delivered() | DeliveryFailed():
-                    actions += self._settle(self._on_delivery(item), now_us)
+                    actions += self._settle(self._on_delivery(item))
                 case reports.Tokens():
                     actions += self._report_tokens(item)
                 case reports.AttemptOver():
@@ -480,12 +451,22 @@ class WorkerCore:
                     actions.append(item)
         return actions
 
+    def _on_arrival(self, outcome: Arrived | ArrivalFailed) -> list[object]:
+        of_image = self._prefill.waiting_for(outcome.seq_id) is not None
+        if isinstance(outcome, ArrivalFailed):
+            return self._prefill.on_image_failed(outcome) if of_image else self._decode.on_arrival_failed(outcome)
+        self._failpoint("prefill.gathering" if of_image else "decode.committed")
+        return self._prefill.on_image_arrived(outcome) if of_image else self._decode.on_arrived(outcome)
+
     def _on_delivery(self, outcome: Delivered | DeliveryFailed) -> list[object]:
-        role = self._prefill if self._prefill.owns(outcome.seq_id) else self._decode
-        if isinstance(outcome, Delivered):
-            self._failpoint("prefill.end_sent")
-            return role.on_delivered(outcome)
-        return role.on_delivery_failed(outcome)
+        role = self._owner(outcome.seq_id)
+        if isinstance(outcome, DeliveryFailed):
+            return role.on_delivery_failed(outcome)
+        self._failpoint("encode.end_sent" if role is self._encode else "prefill.end_sent")
+        return role.on_delivered(outcome)
+
+    def _owner(self, seq_id: int) -> "_Role":
+        return next((role for role in self._roles if role.owns(seq_id)), self._decode)
 
     def _report_tokens(self, report: reports.Tokens) -> list[object]:
         """One message per router for the whole step."""
@@ -518,6 +499,8 @@ class WorkerCore:
                 self._failpoint("prefill.streaming")
             case reports.Granted():
                 self._failpoint("decode.reserved")
+            case reports.Encoded():
+                self._failpoint("encode.encoded")
             case reports.Full():
                 self._forget(attempt)
             case reports.Relocate():
@@ -529,14 +512,14 @@ class WorkerCore:
         """Forget the attempt and free what it holds, in whatever stage it is. Idempotent below."""
         self._forget(attempt)
         self._targets.forget(attempt.seq_id)
-        return [*self._prefill.abort(attempt.seq_id), *self._decode.abort(attempt.seq_id)]
+        return self._settle([action for role in self._roles for action in role.abort(attempt.seq_id)])
 
     def _forget(self, attempt: Attempt) -> None:
         """A group's record goes with its children's. After the commit there is no group any more."""
-        for seq_id in (attempt.seq_id, *attempt.work.children):
+        for seq_id in attempt.seq_ids:
             self._attempts.forget(seq_id)
 
-    def _fail_attempt(self, attempt: Attempt, status: Status, reason: str, now_us: int) -> list[object]:
+    def _fail_attempt(self, attempt: Attempt, status: Status, reason: str) -> list[object]:
         return [*self._drop(attempt), self._failed(attempt, status, reason)]
 
     # -- messages to routers -------------------------------------------------------------------------------------------
@@ -547,7 +530,9 @@ class WorkerCore:
         failed = pb.AttemptFailed(request=attempt.request, attempt=attempt.attempt, status=status.value, reason=reason)
         return self._to_router(attempt.link, failed=failed)
 
-    def _refuse_attempt(self, link: LinkName, message: pb.Prefill | pb.Bind, status: Status, reason: str) -> Send:
+    def _refuse_attempt(
+        self, link: LinkName, message: pb.Prefill | pb.Encode | pb.Bind, status: Status, reason: str
+    ) -> Send:
         self.counters[f"attempts_refused:{reason}"] += 1
         failed = pb.AttemptFailed(request=message.request, attempt=message.attempt, status=status.value, reason=reason)
         return self._to_router(link, failed=failed)
@@ -559,50 +544,47 @@ class WorkerCore:
 
     # -- who we are ----------------------------------------------------------------------------------------------------
     def _describe(self) -> pb.WorkerInfo:
-        config = self.config
-        return pb.WorkerInfo(
-            worker=config.worker_id,
-            name=config.name,
-            address=config.address,
-            epoch=self.epoch,
-            state=self.state.value,
-            roles=sorted(role.value for role in config.roles),
-            model=config.model,
-            schema_digest=config.schema.digest,
-            block_size_tokens=config.block_size,
-            total_columns=config.columns,
-            max_model_len=config.max_model_len,
-            wire_version=WIRE_VERSION,
-            offers=offers_to_wire(self._offers),
-        )
+        return describe(self.config, epoch=self.epoch, state=self.state, offers=self._offers)
 
     def _status(self) -> pb.WorkerStatus:
-        load = self._load
-        return pb.WorkerStatus(
-            worker=self.config.worker_id,
+        return status(
+            self.config,
             epoch=self.epoch,
-            state=self.state.value,
-            roles=sorted(role.value for role in self.config.roles),
-            free_columns=load.free_columns,
-            total_columns=load.total_columns,
-            running=load.running,
-            waiting=load.waiting,
-            waiting_tokens=load.waiting_tokens,
-            step_us=int(load.step_ms * 1_000),
+            state=self.state,
+            load=self._load,
             attempts=len(self._attempts),
-            counters={**self.counters, "preemptions": load.preemptions} if load.preemptions else self.counters,
-            lent_columns=load.lent_columns,
             held=len(self.custody),
             tasks=self._count_tasks(),
-            cached_columns=load.cached_columns,
-            prefix_hit_tokens=load.prefix_hit_tokens,
-            prefix_query_tokens=load.prefix_query_tokens,
+            counters=self.counters,
         )
 
 
-def _children(group: Attempt, members: Sequence[tuple[int, int]]) -> list[Attempt]:
+class _Role(Protocol):
+    """What all roles have: sequences that end, and leave. A sequence is one role's at a time."""
+
+    def owns(self, seq_id: int) -> bool: ...
+    def abort(self, seq_id: int) -> list[object]: ...
+    def bind(self, seq_id: int, binding: Binding, now_us: int) -> list[object]: ...
+    def on_delivered(self, event: Delivered) -> list[object]: ...
+    def on_delivery_failed(self, event: DeliveryFailed) -> list[object]: ...
+
+
+_STATUS_OF_FAILURE = {
+    **dict.fromkeys(commands.REQUESTS_OWN_FAULTS, Status.INVALID_ARGUMENT),
+    # Another worker may have room, or more memory: nothing is wrong with the engine.
+    **dict.fromkeys((commands.EMBEDDINGS_FULL, Failure.NO_ROOM_TO_FORK), Status.UNAVAILABLE),
+}
+
+
+def _attempt(
+    link: LinkName, message: pb.Prefill | pb.Reserve | pb.Encode, work: reports.Work | reports.EncodeWork, now_us: int
+) -> Attempt:
+    return Attempt(link, message.request, message.attempt, work.seq_id, deadline_us(message, now_us), work)
+
+
+def _children(group: Attempt, work: reports.Work, members: Members) -> list[Attempt]:
     """A group's choices are attempts of their own from the start: an abort of one may come at any time."""
-    pairs = zip(members, group.work.parts, strict=False)  # a single choice has a name too, and no part of its own
+    pairs = zip(members, work.parts, strict=False)  # a single choice has a name too, and no part of its own
     return [
         Attempt(group.link, request, group.attempt, part.seq_id, group.deadline_us, part)
         for (request, _), part in pairs

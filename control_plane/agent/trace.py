@@ -6,7 +6,8 @@ The clock is the machine's monotonic one, which all processes of a computer shar
 and a decode worker side by side, and what a request's client saw beside both.
 
     engine thread   computed {seq, layers, tokens}    prefilled {seq}    tokens {seqs}     at the end of each step
-    machine         placed {seq, bytes}               activated {seq}                      as the loop learns of it
+                    encoded {seq, cached}
+    machine         placed {seq, bytes}               activated {seq}    pixels {seq}      as the loop learns of it
 
 While a worker runs, an event costs it one append; lines are made once per heartbeat. Nothing here is a metric.
 """
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from engine.base.machine import Command, JobDone, Machine, Run, Tick
-from engine.commands import Activate, EngineEvent, KVComputed, Prefilled, TokensSampled
+from engine.commands import Activate, Encoded, EncodePixels, EngineEvent, KVComputed, Prefilled, TokensSampled
 from kv_transfer.jobs import DecodeJob
 
 
@@ -40,6 +41,8 @@ class Trace:
                     self.note("computed", seq=event.seq_id, layers=layers, tokens=tokens)
                 case Prefilled():
                     self.note("prefilled", seq=event.seq_id)
+                case Encoded():
+                    self.note("encoded", seq=event.seq_id, cached=event.cached)
                 case TokensSampled():
                     self.note("tokens", seqs=[token.seq_id for token in event.tokens])
 
@@ -74,6 +77,8 @@ class TracedMachine:
                 case Command(Activate(branches=branches)):
                     for branch in branches:
                         self._trace.note("activated", seq=branch.seq_id)
+                case Command(EncodePixels(seq_id=seq_id)):
+                    self._trace.note("pixels", seq=seq_id)
         if isinstance(event, Tick):
             self._trace.flush()
         return actions

@@ -5,7 +5,9 @@ router forwards position n once, only from the attempt that it has bound. So dou
 woken) costs work, never a wrong or doubled token.
 
     reception    Submit -> admission -> fair queue
+    encoding            -> Encode at E for each image -> Encoded -> the line for P      (only with images)
     prefilling          -> Prefill at P
+    encoding            -> ImagesWanted -> Bind at E                                    (likewise)
     binding             -> NEAR_TURN -> Reserve at D -> RESERVED -> Bind at P -> Committed
     forwarding          -> TOKEN 0 from P (or again from D, whichever is first) -> TOKENS from D
     endings             -> Ended
@@ -30,24 +32,25 @@ from control_plane.router.dispatch.absences import Absences
 from control_plane.router.dispatch.admission import Admission
 from control_plane.router.dispatch.admission import Config as AdmissionConfig
 from control_plane.router.dispatch.binding import Binding
+from control_plane.router.dispatch.codec_choice import Wish
 from control_plane.router.dispatch.deadlines import Patience
-from control_plane.router.dispatch.drain_rate import DrainRate
-from control_plane.router.dispatch.encodings import Wish
+from control_plane.router.dispatch.embedding_index import EmbeddingIndex
+from control_plane.router.dispatch.encode_placement import EncodePlacer
+from control_plane.router.dispatch.encoding import ImageEncoding
 from control_plane.router.dispatch.endings import Endings
 from control_plane.router.dispatch.forwarding import Forwarding
 from control_plane.router.dispatch.groups import Groups
 from control_plane.router.dispatch.holders import Holders
+from control_plane.router.dispatch.lines import Lines
 from control_plane.router.dispatch.links import CONTROLLER, Links
 from control_plane.router.dispatch.losses import Losses
 from control_plane.router.dispatch.placement import Placer
 from control_plane.router.dispatch.prefilling import Prefilling
 from control_plane.router.dispatch.reception import Reception
 from control_plane.router.dispatch.register import Register
-from control_plane.router.dispatch.request_queue import RequestQueue
 from control_plane.router.dispatch.worker_messages import send
 from control_plane.router.dispatch.workers import LINK_PREFIX, Worker, WorkerPool
 from control_plane.router.requests import Cancel, EndAll, ResetCache, Stop, Submit, SubmitAll, WorkerView
-from control_plane.router.shares import Shares
 from control_plane.wire import session_pb2 as pb
 from engine.base import limits
 from engine.base.errors import FrameError
@@ -94,25 +97,42 @@ class RouterCore:
         self._links = Links(pool, router_id=config.router_id, controller_address=config.controller_address)
         self._absences = Absences(pool, config.worker_wait_ms)
         wish = Wish(config.codec, config.kl_budget)
-        self._placer = placer = Placer(pool, wish, prefill_ahead_tokens=config.prefill_ahead_tokens)
-        self._queue = queue = RequestQueue(Shares(config.queued_tokens_max, tenants=config.tenants))
-        drain_rate = DrainRate()
-        self._admission = Admission(config.admission, pool, queue, self._absences, drain_rate)
+        self._embeddings = embeddings = EmbeddingIndex()
+        ahead_tokens = config.prefill_ahead_tokens
+        self._placer = placer = Placer(pool, wish, embeddings=embeddings, prefill_ahead_tokens=ahead_tokens)
+        self._lines = lines = Lines.of_tokens(config.queued_tokens_max, tenants=config.tenants)
+        self._admission = Admission(config.admission, pool, lines, self._absences)
         self._register = register = Register(Patience(self._admission.wait_ms, config.no_progress_ms))
         self._holders = holders = Holders(pool, tenants=config.tenants)
         groups = Groups(register, holders)
         choices = self._admission.choices
         self._endings = endings = Endings(
-            register, holders, groups, queue=queue, choices=choices, placer=placer, absences=self._absences
+            register, holders, groups, lines=lines, choices=choices, placer=placer, absences=self._absences
         )
         self._prefilling = prefilling = Prefilling(
-            register, holders, groups, endings, queue=queue, placer=placer, drain_rate=drain_rate, counters=counters
+            register, holders, groups, endings, lines=lines, placer=placer, counters=counters
         )
         self._reception = Reception(
-            register, groups, endings, prefilling, admission=self._admission, queue=queue, counters=counters
+            register,
+            groups,
+            endings,
+            prefilling,
+            admission=self._admission,
+            lines=lines,
+            absences=self._absences,
+            counters=counters,
+        )
+        self._encoding = ImageEncoding(
+            register,
+            holders,
+            prefilling,
+            lines=lines,
+            placer=EncodePlacer(pool, embeddings),
+            embeddings=embeddings,
+            counters=counters,
         )
         self._binding = binding = Binding(
-            register, holders, groups, endings, prefilling, placer=placer, counters=counters
+            register, holders, groups, endings, prefilling, placer=placer, embeddings=embeddings, counters=counters
         )
         self._losses = losses = Losses(
             register, holders, endings, prefilling, binding, counters=counters, attempts_max=config.attempts_max
@@ -131,13 +151,24 @@ class RouterCore:
     def in_flight(self) -> int:
         return len(self._register.submissions)
 
+    @property
+    def images_waiting(self) -> int:
+        """Requests with images that wait for an encoder."""
+        return len(self._lines.encode.queue)
+
     def workers(self) -> Sequence[WorkerView]:
         return self.pool.views()
 
     # -- the machine ---------------------------------------------------------------------------------------------------
     def step(self, event: object, now_us: int) -> Sequence[object]:
         actions = self._dispatch(event, now_us)
-        return [*actions, *self._prefilling.place_queued(now_us)] if self._prefilling.may_place else actions
+        return [*actions, *self._place_queued(now_us)] if self._holders.changed else actions
+
+    def _place_queued(self, now_us: int) -> list[object]:
+        """Something has changed since nobody more could be placed."""
+        actions = [*self._encoding.place_queued(now_us), *self._prefilling.place_queued(now_us)]
+        self._holders.changed = False
+        return actions
 
     def _dispatch(self, event: object, now_us: int) -> list[object]:
         match event:
@@ -171,6 +202,7 @@ class RouterCore:
 
     def _on_reset_cache(self) -> list[object]:
         self._placer.forget_all()
+        self._embeddings.clear()
         return [send(worker, reset_cache=pb.ResetCache()) for worker in self.pool if worker.serving]
 
     # -- time ----------------------------------------------------------------------------------------------------------
@@ -218,6 +250,7 @@ class RouterCore:
         self._absences.note(now_us)
         actions = self._losses.on_worker_lost(worker, now_us)
         self._placer.forget(worker)
+        self._embeddings.forget(worker)
         self.pool.forget_unlisted(worker)
         return actions
 
@@ -252,6 +285,12 @@ class RouterCore:
                 return self._forwarding.on_first_token(worker, envelope.first_token, now_us)
             case "prompt_scored":
                 return self._forwarding.on_prompt_scored(worker, envelope.prompt_scored, now_us)
+            case "pixels_wanted":
+                return self._encoding.on_pixels_wanted(worker, envelope.pixels_wanted, now_us)
+            case "encoded":
+                return self._encoding.on_encoded(worker, envelope.encoded, now_us)
+            case "images_wanted":
+                return self._encoding.on_images_wanted(worker, envelope.images_wanted, now_us)
             case "near_turn":
                 return self._binding.on_near_turn(worker, envelope.near_turn, now_us)
             case "reserved":
@@ -273,4 +312,4 @@ class RouterCore:
         self.pool.on_status_untrusted(worker, status)
         self._absences.note(now_us)
         self._holders.changed = True
-        return []
+        return self._losses.on_leaving(worker, now_us)

@@ -22,6 +22,7 @@ from control_plane.router.access.tenants import EVERYBODY, Tenant
 from control_plane.router.answers.choice import Choice
 from control_plane.router.answers.request_stream import RequestStream
 from control_plane.router.answers.slo import UNJUDGED, SloVerdict, Times
+from control_plane.router.media.reader import HeldImages
 from control_plane.router.requests import (
     Cancel,
     Ended,
@@ -57,6 +58,10 @@ class RouterState(Protocol):
 
     @property
     def in_flight(self) -> int: ...
+
+    @property
+    def images_waiting(self) -> int:
+        """Requests whose images wait for an encoder."""
 
     def workers(self) -> Sequence[WorkerView]: ...
 
@@ -137,6 +142,7 @@ class Edge:
         self._live: dict[int, RequestStream] = {}
         self._calls: dict[str, _Call] = {}  # by the id that a client was given
         self._call_of: dict[int, _Call] = {}  # by the key of a live request
+        self._images: dict[int, HeldImages] = {}  # of live requests that have some
         self._over: TriptychError | None = None  # set: the core says nothing more, whatever is submitted
 
     @property
@@ -163,10 +169,15 @@ class Edge:
 
     def open_all(self, requests: Sequence[ValidatedRequest]) -> list[RequestStream]:
         """Submit the requests of one client's call: there is room for all of them, or none is started."""
-        self.check_room(len(requests))
+        try:
+            self.check_room(len(requests))
+        except TriptychError:
+            for request in requests:
+                request.release()
+            raise
         call = _Call(self._mint_id(), {stop: StopStrings(stop) for stop in {request.stop for request in requests}})
         streams = [self._stream(request, call) for request in requests]
-        submits = tuple(_submit(stream.key, stream.request) for stream in streams)
+        submits = tuple(_submit(stream.key, request) for stream, request in zip(streams, requests, strict=True))
         self._deliver(submits[0] if len(submits) == 1 else SubmitAll(submits))
         return streams
 
@@ -228,14 +239,20 @@ class Edge:
         stream.overflow()
 
     def _stream(self, request: ValidatedRequest, call: "_Call") -> RequestStream:
+        """Pixels go to the core and are not kept here: who reads the answer may be long about it."""
         choices = self._choices(request, call.stop_strings[request.stop])
-        stream = RequestStream(self, next(self._keys), call.next_id(self._mint_id), request, choices, self._clock_us())
+        key, kept = next(self._keys), request.without_pixels()
+        stream = RequestStream(self, key, call.next_id(self._mint_id), kept, choices, self._clock_us())
+        if request.held is not None:
+            self._images[key] = request.held
         self._live[stream.key] = call.live[stream.key] = stream  # before `Submit`: the core may refuse it on the spot
         self._calls[call.id] = self._call_of[stream.key] = call
         return stream
 
     def _end(self, stream: RequestStream, ended: Ended) -> None:
         del self._live[stream.key]
+        if stream.key in self._images:
+            self._images.pop(stream.key).release()
         call = self._call_of.pop(stream.key)
         del call.live[stream.key]
         if not call.live:
@@ -288,6 +305,7 @@ def _submit(key: int, request: ValidatedRequest) -> Submit:
         codec=request.codec,
         kl_budget=request.kl_budget,
         choices=request.choices,
+        images=request.images,
         priority=request.priority,
     )
 
@@ -334,11 +352,14 @@ def _log_line(stream: RequestStream, record: RequestRecord) -> dict[str, str | i
         "prompt_tokens": record.prompt_tokens,
         "output_tokens": record.output_tokens,
         "cached_tokens": stats.cached_tokens,
+        "image_tokens": stream.request.image_tokens,
+        "image_hits": stats.image_hits,
         "first_ms": _ms(record.first_us),
         "second_ms": _ms(record.second_us),
         "total_ms": _ms(record.total_us),
         "slo_met": record.slo.met,
         "attempts": stats.attempts,
+        "encode": word(",".join(dict.fromkeys(stats.encode_workers))),
         "prefill": word(stats.prefill_worker),
         "decode": word(stats.decode_worker),
         "transfer_id": record.transfer_id,

@@ -15,13 +15,15 @@ from dataclasses import dataclass
 from itertools import groupby, product
 from typing import Final
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from control_plane.router import edge
 from control_plane.router.edge import RequestRecord, RouterState
+from control_plane.router.media.reasons import Reason
+from control_plane.router.media.remote_url import Denied
 from control_plane.router.requests import RequestStats, WorkerView
 from engine.base import limits
 from engine.base.errors import Status
@@ -37,6 +39,7 @@ HELP: Final = {  # of what `RouterState.counters` names; vLLM's names where it h
     "num_preemptions": "Sequences that lost their KV memory to others, at all workers.",
     "prefix_cache_hits": "Context tokens found in the workers' prefix caches.",
     "prefix_cache_queries": "Context tokens looked up in the workers' prefix caches.",
+    "images": "Images of requests, by whether their embedding was computed for them or cached.",
     "no_progress": "Placements given up because nothing was heard of them, by stage.",
     "queue_wait_ms": "Milliseconds that prompts waited in the router before a worker was given them, summed.",
     "rejections": "Requests refused before anything was started, by reason.",
@@ -44,6 +47,7 @@ HELP: Final = {  # of what `RouterState.counters` names; vLLM's names where it h
 }
 MET: Final = {True: "met", False: "missed"}
 US_PER_S: Final = 1_000_000
+MS_PER_S: Final = 1_000
 OTHER: Final = "other"
 
 Labels = tuple[str, ...]  # values, in the order of the metric's label names
@@ -112,12 +116,27 @@ class RouterMetrics:
             self._cached_tokens.inc(record.stats.cached_tokens)
             self._skipped_tokens.inc(record.stats.skipped_tokens)
             self._transferred(record.stats)
+            self._saw(record, record.stats)
 
     def slow_reader(self) -> None:
         self._slow_readers.inc()
 
     def unknown_fields(self, count: int) -> None:
         self._unknown_fields.inc(count)
+
+    def export_gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
+        """A gauge that is read at each scrape."""
+        Gauge(PREFIX + name, text, registry=self.registry).set_function(read)
+
+    # -- what the reader of images reports -----------------------------------------------------------------------------
+    def bad_image(self, reason: Reason) -> None:
+        self._bad_images.labels(reason.value).inc()
+
+    def fetch_denied(self, reason: Denied) -> None:
+        self._fetch_denied.labels(reason.value).inc()
+
+    def fetch_failed(self) -> None:
+        self._fetch_failed.inc()
 
     # -- inside --------------------------------------------------------------------------------------------------------
     def _transferred(self, stats: RequestStats) -> None:
@@ -126,6 +145,12 @@ class RouterMetrics:
         (codec,) = self._codecs((stats.codec,))
         self._kv_bytes.labels(codec, "raw").inc(stats.kv_bytes_raw)
         self._kv_bytes.labels(codec, "wire").inc(stats.kv_bytes_wire)
+
+    def _saw(self, record: RequestRecord, stats: RequestStats) -> None:
+        """How long its images took, once it is certain that they were all encoded."""
+        self._image_tokens.inc(stats.image_tokens)
+        if stats.image_tokens and record.first_us is not None:
+            self._encode.observe(stats.phase_ms.get("encode", 0.0) / MS_PER_S)
 
     def _define_counters(self) -> None:
         def counter(name: str, text: str, *labels: str) -> Counter:
@@ -138,6 +163,7 @@ class RouterMetrics:
             "kv_transfer_bytes", "KV moved between workers: as it lies in memory, and as sent.", "codec", "stage"
         )
         self._cached_tokens = counter("prompt_tokens_cached", "Prompt tokens that no prefill worker had to compute.")
+        self._image_tokens = counter("prompt_tokens_image", "Prompt tokens that stand for images.")
         self._skipped_tokens = counter(
             "kv_transfer_skipped_tokens", "Prompt tokens whose KV the decode worker had: they were not sent."
         )
@@ -146,6 +172,9 @@ class RouterMetrics:
         )
         self._unknown_fields = counter("unknown_fields", "Request fields that nothing here knows.")
         self._slow_readers = counter("slow_readers", "Requests cancelled because the client did not read.")
+        self._bad_images = counter("bad_images", "Images that were refused, by reason.", "reason")
+        self._fetch_denied = counter("fetch_denied", "Remote images that nobody went for, by reason.", "reason")
+        self._fetch_failed = counter("fetch_failed", "Remote images that were allowed and did not come.")
         for outcome in OUTCOMES:  # a series that starts at its first event has no rate for it
             self._requests.labels(outcome)
         for target, outcome in product(("ttft", "tpot"), MET.values()):
@@ -164,6 +193,9 @@ class RouterMetrics:
         self._per_token = histogram(
             "time_per_output_token_seconds", "Mean of one request, after its first token.", PER_TOKEN_BUCKETS_S
         )
+        self._encode = histogram(
+            "encode_seconds", "From submit until all images of a request are encoded.", FIRST_TOKEN_BUCKETS_S
+        )
         self._request = histogram("request_duration_seconds", "From submit to the ending.", REQUEST_BUCKETS_S)
 
 
@@ -176,6 +208,7 @@ class RouterStateCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         yield _gauge("requests_in_flight", "Submitted and not ended.", self._state.in_flight)
+        yield _gauge("images_waiting", "Requests whose images wait for an encoder.", self._state.images_waiting)
         yield _gauge("ready", "1 while every needed role has a serving worker.", int(self._state.ready))
         yield from _worker_families(self._state.workers())
         yield from self._counter_families()
@@ -214,6 +247,9 @@ def _worker_families(workers: Iterable[WorkerView]) -> Iterator[Metric]:
         "worker_columns_free": lambda worker: worker.free_columns,
         "worker_columns": lambda worker: worker.total_columns,
         "worker_columns_cached": lambda worker: worker.cached_columns,
+        "worker_images_waiting": lambda worker: worker.encoding,
+        "worker_embedding_columns_free": lambda worker: worker.free_embedding_columns,
+        "worker_embedding_columns": lambda worker: worker.embedding_columns,
     }
     for name, read in sums.items():
         yield _gauge(name, "Summed over the workers in the router's table.", sum(map(read, workers)))

@@ -8,10 +8,24 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from engine.base.errors import TriptychError
+from engine.images import Picture, PromptImage
 from engine.types import FinishReason, SamplingParams, TokenLogprobs
 
 
+def cache_scope(tenant: str, cache_salt: str) -> str:
+    """Whose cached KV and images a request may use. Injective: no salt of one tenant spells another one's name."""
+    return f"{tenant}/{cache_salt}" if cache_salt else tenant
+
+
 # -- edge -> core --------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class SubmittedImage:
+    """An image of a prompt, and its pixels, which are kept until the request ends: an encode may have to start over."""
+
+    image: PromptImage
+    picture: Picture
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submit:
     """A validated request. `key` is minted by the edge, never reused. Exactly one `Ended` follows.
@@ -27,15 +41,15 @@ class Submit:
     cache_salt: str = ""
     deadline_ms: int = 0
     ttft_slo_ms: int | None = None  # a first token after that is of no use: refused early rather than served late
-    codec: str = ""  # how its KV shall travel (`encodings.Wish`); the deployment's default when empty
+    codec: str = ""  # how its KV shall travel (`codec_choice.Wish`); the deployment's default when empty
     kl_budget: float | None = None  # likewise
     choices: int = 1  # `n`: they share one prompt, one prefill and one transfer
+    images: tuple[SubmittedImage, ...] = ()  # in the order of their placeholders
     priority: int = 0  # lower is placed and runs earlier
 
     @property
     def cache_scope(self) -> str:
-        """Whose cached KV it may use. Injective: no salt of one tenant spells another one's name."""
-        return f"{self.tenant}/{self.cache_salt}" if self.cache_salt else self.tenant
+        return cache_scope(self.tenant, self.cache_salt)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +114,10 @@ class RequestStats:
 
     prefill_worker: str = ""
     decode_worker: str = ""
-    encode_workers: tuple[str, ...] = ()
+    encode_workers: tuple[str, ...] = ()  # one per image, in order
+    image_tokens: int = 0  # placeholders in the prompt
+    image_hits: int = 0  # images whose embedding was cached: no forward of the tower
+    cached_image_tokens: int = 0  # placeholders of those
     codec: str = ""
     level: int = 0  # of the codec
     kv_bytes_raw: int = 0
@@ -146,3 +163,6 @@ class WorkerView:
     lent_columns: int = 0  # columns that a transfer writes into
     tasks: int = 0  # asyncio tasks of its process
     cached_columns: int = 0  # of the free ones, those that hold reusable KV
+    encoding: int = 0  # images that wait for its tower, or are in it
+    free_embedding_columns: int = 0
+    embedding_columns: int = 0

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any, Final, Self
 
 import grpc
-from prometheus_client import Gauge
 
 from control_plane import addresses
 from control_plane.lifecycle import Shutdown
@@ -34,10 +33,15 @@ from control_plane.router.grpc.server_facts import ServerFacts
 from control_plane.router.grpc.services import add_services
 from control_plane.router.http import app as http
 from control_plane.router.http.server import HttpServer, raise_open_files_limit
+from control_plane.router.media import decoding, fetch
+from control_plane.router.media.decoding import Decoders
+from control_plane.router.media.fetch import Fetcher
+from control_plane.router.media.reader import ImageMemory, ImageReader
 from control_plane.router.metrics import RouterMetrics
 from control_plane.router.requests import EndAll, WorkerView
 from control_plane.router.text.chat_template import ChatTemplate
 from control_plane.router.text.vocabulary import ModelCard, OracleVocabulary, TokenizerVocabulary, Vocabulary
+from control_plane.router.validation.image_prompt import Sight
 from control_plane.router.validation.validator import Config as ValidationConfig
 from control_plane.router.validation.validator import Validator
 from engine.base import limits
@@ -70,6 +74,7 @@ LABELS: Final[Mapping[str, str]] = {
     "attempts_failed": "reason",
     "relocations": "reason",
     "kv_transfers": "codec",
+    "images": "result",
     "no_progress": "stage",
     "queue_wait_ms": "",
     "stale_tokens": "",
@@ -92,6 +97,10 @@ class CoreState:
     @property
     def in_flight(self) -> int:
         return self._core.in_flight
+
+    @property
+    def images_waiting(self) -> int:
+        return self._core.images_waiting
 
     def workers(self) -> Sequence[WorkerView]:
         return self._core.workers()
@@ -152,11 +161,14 @@ class _Served:
         return cls(model, _vocabulary(model, edge), _chat_template(model, edge), read_keys(edge), Tls.of(edge))
 
     def card(self, edge: EdgeOptions) -> ModelCard:
+        vision = self.model.vision
         return ModelCard(
             name=edge.served_model_name or self.model.name,
             vocab_size=self.model.vocab_size,
             max_model_len=self.model.max_model_len,
             eos_token_ids=self.model.eos_token_ids,
+            images_max=edge.limit_mm_per_prompt if vision is not None else 0,
+            image_token_id=None if vision is None else vision.image_token_id,
         )
 
 
@@ -183,7 +195,9 @@ class _Router:
         self._state = CoreState(self._core, self._host)
         self._metrics = RouterMetrics()
         self._metrics.export(self._state)
-        _export_tasks(self._metrics)
+        self._metrics.export_gauge(
+            "asyncio_tasks", "Tasks of the router's event loop.", lambda: len(asyncio.all_tasks())
+        )
         card = served.card(options.edge)
         self._edge = Edge(
             EdgeConfig(),
@@ -202,6 +216,7 @@ class _Router:
             count_unknown=self._metrics.unknown_fields,
             check_constraint=check_constraint if served.model.path is not None else _refuse_constraint,
             chat=served.chat,
+            sight=_sight(options.edge, served, self._metrics) if card.images_max else None,
         )
         self._quiet = asyncio.Event()  # set when nothing is in flight any more; cleared by who waits for it
         self._http: dict[HttpServer, asyncio.Task[None]] = {}
@@ -330,9 +345,20 @@ def _codecs() -> tuple[str, ...]:
     return (*codecs.names(), AUTO)
 
 
-def _export_tasks(metrics: RouterMetrics) -> None:
-    tasks = Gauge("triptych_asyncio_tasks", "Tasks of the router's event loop.", registry=metrics.registry)
-    tasks.set_function(lambda: len(asyncio.all_tasks()))
+def _sight(edge: EdgeOptions, served: _Served, metrics: RouterMetrics) -> Sight | None:
+    """Nothing of it costs anything before the first image comes."""
+    vision, tenants = served.model.vision, len(served.keys.names)
+    if vision is None:
+        return None
+    memory = ImageMemory(tenants=tenants)
+    metrics.export_gauge("image_bytes_held", "Pixels of requests that have not ended.", lambda: memory.held_bytes)
+    reader = ImageReader(
+        Decoders(decoding.Config(tenants=tenants)),
+        Fetcher(fetch.Config(domains=edge.allowed_media_domains, tenants=tenants)),
+        memory,
+        metrics,
+    )
+    return Sight(vision, reader)
 
 
 def _refuse_constraint(constraint: Constraint) -> None:

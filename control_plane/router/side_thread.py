@@ -1,5 +1,5 @@
-"""One thread for work that would hold the event loop up: one piece at a time, tenants in turn, and nobody waits for
-longer than his request may.
+"""A thread, or a few, for work that would hold the event loop up: one piece at a time on each, tenants in turn, and
+nobody waits for longer than his request may.
 
 Work holds a client's text, so only the thread and who still waits may hold the work. That is why the queue is our own:
 an executor's keeps what was cancelled until its turn comes.
@@ -73,12 +73,12 @@ class SideThread:
     """Who finds no room is refused at once. A place is held until the thread is done with the job, even if its client
     has left in the middle: until then it costs what the places are there to bound."""
 
-    def __init__(self, name: str, *, waiting_max: int, what: str, tenants: int = 1) -> None:
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
+    def __init__(self, name: str, *, waiting_max: int, what: str, tenants: int = 1, threads: int = 1) -> None:
+        self._executor = ThreadPoolExecutor(max_workers=threads, thread_name_prefix=name)
         self._places = Shares(waiting_max, tenants=tenants)
         self._what = what  # for the client: "long prompts"
         self._turns = Turns()
-        self._busy = False
+        self._idle = threads
 
     def close(self) -> None:
         while self._turns:
@@ -110,15 +110,15 @@ class SideThread:
             raise ResourceExhausted(text, retry_after_ms=limits.RETRY_AFTER_MS)
 
     def _start_next(self) -> None:
-        if self._busy or not self._turns:
+        if not (self._idle and self._turns):
             return
         job = self._turns.pop()
         worked = asyncio.get_running_loop().run_in_executor(self._executor, job.work)
         worked.add_done_callback(partial(self._end, job))
-        self._busy = True
+        self._idle -= 1
 
     def _end(self, job: Job[Any], worked: "asyncio.Future[Any]") -> None:
-        self._busy = False
+        self._idle += 1
         self._places.give(job.tenant, 1)
         job.settle(worked)
         self._start_next()

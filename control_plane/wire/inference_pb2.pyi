@@ -18,13 +18,31 @@ class Strings(_message.Message):
     values: _containers.RepeatedScalarFieldContainer[str]
     def __init__(self, values: _Optional[_Iterable[str]] = ...) -> None: ...
 
+class Image(_message.Message):
+    __slots__ = ("url", "data")
+    URL_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    url: str
+    data: bytes
+    def __init__(self, url: _Optional[str] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class ContentPart(_message.Message):
+    __slots__ = ("text", "image")
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
+    text: str
+    image: Image
+    def __init__(self, text: _Optional[str] = ..., image: _Optional[_Union[Image, _Mapping]] = ...) -> None: ...
+
 class ChatMessage(_message.Message):
-    __slots__ = ("role", "content")
+    __slots__ = ("role", "content", "parts")
     ROLE_FIELD_NUMBER: _ClassVar[int]
     CONTENT_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
     role: str
     content: str
-    def __init__(self, role: _Optional[str] = ..., content: _Optional[str] = ...) -> None: ...
+    parts: _containers.RepeatedCompositeFieldContainer[ContentPart]
+    def __init__(self, role: _Optional[str] = ..., content: _Optional[str] = ..., parts: _Optional[_Iterable[_Union[ContentPart, _Mapping]]] = ...) -> None: ...
 
 class Chat(_message.Message):
     __slots__ = ("messages", "add_generation_prompt", "continue_final_message", "chat_template_kwargs_json")
@@ -200,7 +218,7 @@ class TopLogProbs(_message.Message):
     def __init__(self, values: _Optional[_Iterable[float]] = ..., token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class RequestStats(_message.Message):
-    __slots__ = ("prefill_worker", "decode_worker", "encode_workers", "codec", "kv_bytes_raw", "kv_bytes_wire", "attempts", "phase_ms", "cached_tokens", "skipped_tokens", "level")
+    __slots__ = ("prefill_worker", "decode_worker", "encode_workers", "codec", "kv_bytes_raw", "kv_bytes_wire", "attempts", "phase_ms", "cached_tokens", "skipped_tokens", "level", "image_tokens", "image_hits", "cached_image_tokens")
     class PhaseMsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -219,6 +237,9 @@ class RequestStats(_message.Message):
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SKIPPED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     LEVEL_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_HITS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_IMAGE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     prefill_worker: str
     decode_worker: str
     encode_workers: _containers.RepeatedScalarFieldContainer[str]
@@ -230,7 +251,10 @@ class RequestStats(_message.Message):
     cached_tokens: int
     skipped_tokens: int
     level: int
-    def __init__(self, prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., encode_workers: _Optional[_Iterable[str]] = ..., codec: _Optional[str] = ..., kv_bytes_raw: _Optional[int] = ..., kv_bytes_wire: _Optional[int] = ..., attempts: _Optional[int] = ..., phase_ms: _Optional[_Mapping[str, float]] = ..., cached_tokens: _Optional[int] = ..., skipped_tokens: _Optional[int] = ..., level: _Optional[int] = ...) -> None: ...
+    image_tokens: int
+    image_hits: int
+    cached_image_tokens: int
+    def __init__(self, prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., encode_workers: _Optional[_Iterable[str]] = ..., codec: _Optional[str] = ..., kv_bytes_raw: _Optional[int] = ..., kv_bytes_wire: _Optional[int] = ..., attempts: _Optional[int] = ..., phase_ms: _Optional[_Mapping[str, float]] = ..., cached_tokens: _Optional[int] = ..., skipped_tokens: _Optional[int] = ..., level: _Optional[int] = ..., image_tokens: _Optional[int] = ..., image_hits: _Optional[int] = ..., cached_image_tokens: _Optional[int] = ...) -> None: ...
 
 class AbortRequest(_message.Message):
     __slots__ = ("id",)
@@ -247,7 +271,7 @@ class GetModelInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetModelInfoResponse(_message.Message):
-    __slots__ = ("model", "max_model_len", "vocab_size", "eos_token_ids", "max_prompt_tokens", "max_choices", "max_logprobs", "model_dtype")
+    __slots__ = ("model", "max_model_len", "vocab_size", "eos_token_ids", "max_prompt_tokens", "max_choices", "max_logprobs", "model_dtype", "max_images")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -256,6 +280,7 @@ class GetModelInfoResponse(_message.Message):
     MAX_CHOICES_FIELD_NUMBER: _ClassVar[int]
     MAX_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     MODEL_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    MAX_IMAGES_FIELD_NUMBER: _ClassVar[int]
     model: str
     max_model_len: int
     vocab_size: int
@@ -264,7 +289,8 @@ class GetModelInfoResponse(_message.Message):
     max_choices: int
     max_logprobs: int
     model_dtype: str
-    def __init__(self, model: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., max_prompt_tokens: _Optional[int] = ..., max_choices: _Optional[int] = ..., max_logprobs: _Optional[int] = ..., model_dtype: _Optional[str] = ...) -> None: ...
+    max_images: int
+    def __init__(self, model: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., max_prompt_tokens: _Optional[int] = ..., max_choices: _Optional[int] = ..., max_logprobs: _Optional[int] = ..., model_dtype: _Optional[str] = ..., max_images: _Optional[int] = ...) -> None: ...
 
 class GetServerInfoRequest(_message.Message):
     __slots__ = ()

@@ -106,8 +106,22 @@ class TokenLogprobs(_message.Message):
     top_logprobs: _containers.RepeatedScalarFieldContainer[float]
     def __init__(self, logprob: _Optional[float] = ..., rank: _Optional[int] = ..., top_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
+class PromptImage(_message.Message):
+    __slots__ = ("key", "run_starts", "run_tokens", "grid_rows", "grid_columns")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    RUN_STARTS_FIELD_NUMBER: _ClassVar[int]
+    RUN_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    GRID_ROWS_FIELD_NUMBER: _ClassVar[int]
+    GRID_COLUMNS_FIELD_NUMBER: _ClassVar[int]
+    key: bytes
+    run_starts: _containers.RepeatedScalarFieldContainer[int]
+    run_tokens: _containers.RepeatedScalarFieldContainer[int]
+    grid_rows: int
+    grid_columns: int
+    def __init__(self, key: _Optional[bytes] = ..., run_starts: _Optional[_Iterable[int]] = ..., run_tokens: _Optional[_Iterable[int]] = ..., grid_rows: _Optional[int] = ..., grid_columns: _Optional[int] = ...) -> None: ...
+
 class Prefill(_message.Message):
-    __slots__ = ("request", "attempt", "token_ids", "prompt_tokens", "sampling", "deadline_ms", "tenant", "choices", "priority")
+    __slots__ = ("request", "attempt", "token_ids", "prompt_tokens", "sampling", "deadline_ms", "tenant", "choices", "priority", "images")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -117,6 +131,7 @@ class Prefill(_message.Message):
     TENANT_FIELD_NUMBER: _ClassVar[int]
     CHOICES_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    IMAGES_FIELD_NUMBER: _ClassVar[int]
     request: int
     attempt: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -126,10 +141,11 @@ class Prefill(_message.Message):
     tenant: str
     choices: _containers.RepeatedScalarFieldContainer[int]
     priority: int
-    def __init__(self, request: _Optional[int] = ..., attempt: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., deadline_ms: _Optional[int] = ..., tenant: _Optional[str] = ..., choices: _Optional[_Iterable[int]] = ..., priority: _Optional[int] = ...) -> None: ...
+    images: _containers.RepeatedCompositeFieldContainer[PromptImage]
+    def __init__(self, request: _Optional[int] = ..., attempt: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., deadline_ms: _Optional[int] = ..., tenant: _Optional[str] = ..., choices: _Optional[_Iterable[int]] = ..., priority: _Optional[int] = ..., images: _Optional[_Iterable[_Union[PromptImage, _Mapping]]] = ...) -> None: ...
 
 class Reserve(_message.Message):
-    __slots__ = ("request", "attempt", "epoch", "schema_digest", "token_ids", "prompt_tokens", "sampling", "deadline_ms", "tenant", "choices", "codec", "priority", "level", "tables")
+    __slots__ = ("request", "attempt", "epoch", "schema_digest", "token_ids", "prompt_tokens", "sampling", "deadline_ms", "tenant", "choices", "codec", "priority", "level", "tables", "images")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -144,6 +160,7 @@ class Reserve(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     LEVEL_FIELD_NUMBER: _ClassVar[int]
     TABLES_FIELD_NUMBER: _ClassVar[int]
+    IMAGES_FIELD_NUMBER: _ClassVar[int]
     request: int
     attempt: int
     epoch: int
@@ -158,7 +175,8 @@ class Reserve(_message.Message):
     priority: int
     level: int
     tables: int
-    def __init__(self, request: _Optional[int] = ..., attempt: _Optional[int] = ..., epoch: _Optional[int] = ..., schema_digest: _Optional[bytes] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., deadline_ms: _Optional[int] = ..., tenant: _Optional[str] = ..., choices: _Optional[_Iterable[_Union[ChoiceAttempt, _Mapping]]] = ..., codec: _Optional[str] = ..., priority: _Optional[int] = ..., level: _Optional[int] = ..., tables: _Optional[int] = ...) -> None: ...
+    images: _containers.RepeatedCompositeFieldContainer[PromptImage]
+    def __init__(self, request: _Optional[int] = ..., attempt: _Optional[int] = ..., epoch: _Optional[int] = ..., schema_digest: _Optional[bytes] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., deadline_ms: _Optional[int] = ..., tenant: _Optional[str] = ..., choices: _Optional[_Iterable[_Union[ChoiceAttempt, _Mapping]]] = ..., codec: _Optional[str] = ..., priority: _Optional[int] = ..., level: _Optional[int] = ..., tables: _Optional[int] = ..., images: _Optional[_Iterable[_Union[PromptImage, _Mapping]]] = ...) -> None: ...
 
 class ChoiceAttempt(_message.Message):
     __slots__ = ("request", "choice")
@@ -212,8 +230,42 @@ class ResetCache(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class Encode(_message.Message):
+    __slots__ = ("request", "attempt", "schema_digest", "key", "features", "width", "height", "deadline_ms", "priority")
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    SCHEMA_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    FEATURES_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    request: int
+    attempt: int
+    schema_digest: bytes
+    key: bytes
+    features: int
+    width: int
+    height: int
+    deadline_ms: int
+    priority: int
+    def __init__(self, request: _Optional[int] = ..., attempt: _Optional[int] = ..., schema_digest: _Optional[bytes] = ..., key: _Optional[bytes] = ..., features: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., priority: _Optional[int] = ...) -> None: ...
+
+class Pixels(_message.Message):
+    __slots__ = ("request", "attempt", "offset", "data")
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    request: int
+    attempt: int
+    offset: int
+    data: bytes
+    def __init__(self, request: _Optional[int] = ..., attempt: _Optional[int] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+
 class RouterToWorker(_message.Message):
-    __slots__ = ("sequence", "prefill", "reserve", "bind", "abort", "quiesce", "reset_cache")
+    __slots__ = ("sequence", "prefill", "reserve", "bind", "abort", "quiesce", "reset_cache", "encode", "pixels")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     PREFILL_FIELD_NUMBER: _ClassVar[int]
     RESERVE_FIELD_NUMBER: _ClassVar[int]
@@ -221,6 +273,8 @@ class RouterToWorker(_message.Message):
     ABORT_FIELD_NUMBER: _ClassVar[int]
     QUIESCE_FIELD_NUMBER: _ClassVar[int]
     RESET_CACHE_FIELD_NUMBER: _ClassVar[int]
+    ENCODE_FIELD_NUMBER: _ClassVar[int]
+    PIXELS_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     prefill: Prefill
     reserve: Reserve
@@ -228,7 +282,9 @@ class RouterToWorker(_message.Message):
     abort: Abort
     quiesce: Quiesce
     reset_cache: ResetCache
-    def __init__(self, sequence: _Optional[int] = ..., prefill: _Optional[_Union[Prefill, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., bind: _Optional[_Union[Bind, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., quiesce: _Optional[_Union[Quiesce, _Mapping]] = ..., reset_cache: _Optional[_Union[ResetCache, _Mapping]] = ...) -> None: ...
+    encode: Encode
+    pixels: Pixels
+    def __init__(self, sequence: _Optional[int] = ..., prefill: _Optional[_Union[Prefill, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., bind: _Optional[_Union[Bind, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., quiesce: _Optional[_Union[Quiesce, _Mapping]] = ..., reset_cache: _Optional[_Union[ResetCache, _Mapping]] = ..., encode: _Optional[_Union[Encode, _Mapping]] = ..., pixels: _Optional[_Union[Pixels, _Mapping]] = ...) -> None: ...
 
 class NearTurn(_message.Message):
     __slots__ = ("request", "attempt", "context_tokens", "cached_tokens")
@@ -367,7 +423,7 @@ class AttemptFailed(_message.Message):
     def __init__(self, request: _Optional[int] = ..., attempt: _Optional[int] = ..., status: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("worker", "epoch", "state", "roles", "free_columns", "total_columns", "running", "waiting", "waiting_tokens", "step_us", "attempts", "counters", "lent_columns", "held", "tasks", "cached_columns", "prefix_hit_tokens", "prefix_query_tokens")
+    __slots__ = ("worker", "epoch", "state", "roles", "free_columns", "total_columns", "running", "waiting", "waiting_tokens", "step_us", "attempts", "counters", "lent_columns", "held", "tasks", "cached_columns", "prefix_hit_tokens", "prefix_query_tokens", "encoding", "free_embedding_columns", "embedding_columns", "encode_us", "tower_loaded")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -393,6 +449,11 @@ class WorkerStatus(_message.Message):
     CACHED_COLUMNS_FIELD_NUMBER: _ClassVar[int]
     PREFIX_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PREFIX_QUERY_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ENCODING_FIELD_NUMBER: _ClassVar[int]
+    FREE_EMBEDDING_COLUMNS_FIELD_NUMBER: _ClassVar[int]
+    EMBEDDING_COLUMNS_FIELD_NUMBER: _ClassVar[int]
+    ENCODE_US_FIELD_NUMBER: _ClassVar[int]
+    TOWER_LOADED_FIELD_NUMBER: _ClassVar[int]
     worker: str
     epoch: int
     state: str
@@ -411,10 +472,51 @@ class WorkerStatus(_message.Message):
     cached_columns: int
     prefix_hit_tokens: int
     prefix_query_tokens: int
-    def __init__(self, worker: _Optional[str] = ..., epoch: _Optional[int] = ..., state: _Optional[str] = ..., roles: _Optional[_Iterable[str]] = ..., free_columns: _Optional[int] = ..., total_columns: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., step_us: _Optional[int] = ..., attempts: _Optional[int] = ..., counters: _Optional[_Mapping[str, int]] = ..., lent_columns: _Optional[int] = ..., held: _Optional[int] = ..., tasks: _Optional[int] = ..., cached_columns: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ..., prefix_query_tokens: _Optional[int] = ...) -> None: ...
+    encoding: int
+    free_embedding_columns: int
+    embedding_columns: int
+    encode_us: int
+    tower_loaded: bool
+    def __init__(self, worker: _Optional[str] = ..., epoch: _Optional[int] = ..., state: _Optional[str] = ..., roles: _Optional[_Iterable[str]] = ..., free_columns: _Optional[int] = ..., total_columns: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., step_us: _Optional[int] = ..., attempts: _Optional[int] = ..., counters: _Optional[_Mapping[str, int]] = ..., lent_columns: _Optional[int] = ..., held: _Optional[int] = ..., tasks: _Optional[int] = ..., cached_columns: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ..., prefix_query_tokens: _Optional[int] = ..., encoding: _Optional[int] = ..., free_embedding_columns: _Optional[int] = ..., embedding_columns: _Optional[int] = ..., encode_us: _Optional[int] = ..., tower_loaded: bool = ...) -> None: ...
+
+class PixelsWanted(_message.Message):
+    __slots__ = ("request", "attempt", "offset", "length")
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_FIELD_NUMBER: _ClassVar[int]
+    request: int
+    attempt: int
+    offset: int
+    length: int
+    def __init__(self, request: _Optional[int] = ..., attempt: _Optional[int] = ..., offset: _Optional[int] = ..., length: _Optional[int] = ...) -> None: ...
+
+class Encoded(_message.Message):
+    __slots__ = ("request", "attempt", "cached")
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    CACHED_FIELD_NUMBER: _ClassVar[int]
+    request: int
+    attempt: int
+    cached: bool
+    def __init__(self, request: _Optional[int] = ..., attempt: _Optional[int] = ..., cached: bool = ...) -> None: ...
+
+class ImagesWanted(_message.Message):
+    __slots__ = ("request", "attempt", "epoch", "images", "transfer_ids")
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    IMAGES_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_IDS_FIELD_NUMBER: _ClassVar[int]
+    request: int
+    attempt: int
+    epoch: int
+    images: _containers.RepeatedScalarFieldContainer[int]
+    transfer_ids: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, request: _Optional[int] = ..., attempt: _Optional[int] = ..., epoch: _Optional[int] = ..., images: _Optional[_Iterable[int]] = ..., transfer_ids: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class WorkerToRouter(_message.Message):
-    __slots__ = ("sequence", "near_turn", "reserved", "refused", "first_token", "committed", "tokens", "relocate", "failed", "status", "prompt_scored")
+    __slots__ = ("sequence", "near_turn", "reserved", "refused", "first_token", "committed", "tokens", "relocate", "failed", "status", "prompt_scored", "pixels_wanted", "encoded", "images_wanted")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     NEAR_TURN_FIELD_NUMBER: _ClassVar[int]
     RESERVED_FIELD_NUMBER: _ClassVar[int]
@@ -426,6 +528,9 @@ class WorkerToRouter(_message.Message):
     FAILED_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_SCORED_FIELD_NUMBER: _ClassVar[int]
+    PIXELS_WANTED_FIELD_NUMBER: _ClassVar[int]
+    ENCODED_FIELD_NUMBER: _ClassVar[int]
+    IMAGES_WANTED_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     near_turn: NearTurn
     reserved: Reserved
@@ -437,10 +542,13 @@ class WorkerToRouter(_message.Message):
     failed: AttemptFailed
     status: WorkerStatus
     prompt_scored: PromptScored
-    def __init__(self, sequence: _Optional[int] = ..., near_turn: _Optional[_Union[NearTurn, _Mapping]] = ..., reserved: _Optional[_Union[Reserved, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., first_token: _Optional[_Union[FirstToken, _Mapping]] = ..., committed: _Optional[_Union[Committed, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., relocate: _Optional[_Union[Relocate, _Mapping]] = ..., failed: _Optional[_Union[AttemptFailed, _Mapping]] = ..., status: _Optional[_Union[WorkerStatus, _Mapping]] = ..., prompt_scored: _Optional[_Union[PromptScored, _Mapping]] = ...) -> None: ...
+    pixels_wanted: PixelsWanted
+    encoded: Encoded
+    images_wanted: ImagesWanted
+    def __init__(self, sequence: _Optional[int] = ..., near_turn: _Optional[_Union[NearTurn, _Mapping]] = ..., reserved: _Optional[_Union[Reserved, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., first_token: _Optional[_Union[FirstToken, _Mapping]] = ..., committed: _Optional[_Union[Committed, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., relocate: _Optional[_Union[Relocate, _Mapping]] = ..., failed: _Optional[_Union[AttemptFailed, _Mapping]] = ..., status: _Optional[_Union[WorkerStatus, _Mapping]] = ..., prompt_scored: _Optional[_Union[PromptScored, _Mapping]] = ..., pixels_wanted: _Optional[_Union[PixelsWanted, _Mapping]] = ..., encoded: _Optional[_Union[Encoded, _Mapping]] = ..., images_wanted: _Optional[_Union[ImagesWanted, _Mapping]] = ...) -> None: ...
 
 class WorkerInfo(_message.Message):
-    __slots__ = ("worker", "name", "address", "epoch", "state", "roles", "model", "schema_digest", "block_size_tokens", "total_columns", "max_model_len", "wire_version", "offers")
+    __slots__ = ("worker", "name", "address", "epoch", "state", "roles", "model", "schema_digest", "block_size_tokens", "total_columns", "max_model_len", "wire_version", "offers", "embedding_digest", "embedding_columns")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -454,6 +562,8 @@ class WorkerInfo(_message.Message):
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
     WIRE_VERSION_FIELD_NUMBER: _ClassVar[int]
     OFFERS_FIELD_NUMBER: _ClassVar[int]
+    EMBEDDING_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    EMBEDDING_COLUMNS_FIELD_NUMBER: _ClassVar[int]
     worker: str
     name: str
     address: str
@@ -467,7 +577,9 @@ class WorkerInfo(_message.Message):
     max_model_len: int
     wire_version: int
     offers: _containers.RepeatedCompositeFieldContainer[CodecOffer]
-    def __init__(self, worker: _Optional[str] = ..., name: _Optional[str] = ..., address: _Optional[str] = ..., epoch: _Optional[int] = ..., state: _Optional[str] = ..., roles: _Optional[_Iterable[str]] = ..., model: _Optional[str] = ..., schema_digest: _Optional[bytes] = ..., block_size_tokens: _Optional[int] = ..., total_columns: _Optional[int] = ..., max_model_len: _Optional[int] = ..., wire_version: _Optional[int] = ..., offers: _Optional[_Iterable[_Union[CodecOffer, _Mapping]]] = ...) -> None: ...
+    embedding_digest: bytes
+    embedding_columns: int
+    def __init__(self, worker: _Optional[str] = ..., name: _Optional[str] = ..., address: _Optional[str] = ..., epoch: _Optional[int] = ..., state: _Optional[str] = ..., roles: _Optional[_Iterable[str]] = ..., model: _Optional[str] = ..., schema_digest: _Optional[bytes] = ..., block_size_tokens: _Optional[int] = ..., total_columns: _Optional[int] = ..., max_model_len: _Optional[int] = ..., wire_version: _Optional[int] = ..., offers: _Optional[_Iterable[_Union[CodecOffer, _Mapping]]] = ..., embedding_digest: _Optional[bytes] = ..., embedding_columns: _Optional[int] = ...) -> None: ...
 
 class CodecOffer(_message.Message):
     __slots__ = ("codec", "tables", "level", "costs")

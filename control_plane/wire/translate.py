@@ -9,6 +9,7 @@ from control_plane.wire import session_pb2 as pb
 from engine.base import limits
 from engine.base.errors import FrameError, InvalidArgument
 from engine.commands import SampledToken
+from engine.images import KEY_BYTES, PromptImage, Run
 from engine.types import Constraint, ConstraintKind, FinishReason, SamplingParams, TokenLogprobs
 from kv_transfer import reports
 from kv_transfer.codecs import RAW, Encoding
@@ -121,6 +122,58 @@ def _check_choices_untrusted(choices: Sequence[int]) -> None:
     in_order = all(low < high for low, high in pairwise(choices))
     if len(choices) > limits.CHOICES_MAX or not in_order or any(choice >= limits.CHOICES_MAX for choice in choices):
         raise FrameError("choices")
+
+
+# -- images ------------------------------------------------------------------------------------------------------------
+def images_to_wire(images: Iterable[PromptImage]) -> list[pb.PromptImage]:
+    return [
+        pb.PromptImage(
+            key=image.key,
+            run_starts=[run.token_start for run in image.runs],
+            run_tokens=[run.tokens for run in image.runs],
+            grid_rows=image.grid[0],
+            grid_columns=image.grid[1],
+        )
+        for image in images
+    ]
+
+
+def images_from_wire_untrusted(images: Sequence[pb.PromptImage], *, prompt_tokens: int) -> tuple[PromptImage, ...]:
+    """The images of a Prefill or Reserve: in order, and all of their placeholders within the prompt, each once."""
+    if len(images) > limits.IMAGES_CEILING:
+        raise FrameError("images")
+    prompt_images = tuple(map(_image_untrusted, images))
+    bounds = [bound for image in prompt_images for start, tokens in image.runs for bound in (start, start + tokens)]
+    if any(low > high for low, high in pairwise((*bounds, prompt_tokens))):
+        raise FrameError("images")
+    return prompt_images
+
+
+def _image_untrusted(message: pb.PromptImage) -> PromptImage:
+    if len(message.key) != KEY_BYTES or not 1 <= len(message.run_starts) <= limits.IMAGE_RUNS_MAX:
+        raise FrameError("images")
+    if len(message.run_tokens) != len(message.run_starts) or 0 in message.run_tokens:
+        raise FrameError("images")
+    runs = tuple(map(Run, message.run_starts, message.run_tokens))
+    image = PromptImage(key=message.key, runs=runs, grid=(message.grid_rows, message.grid_columns))
+    if image.features > limits.IMAGE_FEATURES_MAX or not _is_laid_out(image):
+        raise FrameError("images")
+    return image
+
+
+def _is_laid_out(image: PromptImage) -> bool:
+    """A grid has a cell for each placeholder, and these follow one another."""
+    rows, columns = image.grid
+    return image.grid == (0, 0) or (rows * columns == image.features and len(image.runs) == 1)
+
+
+def check_encode_untrusted(message: pb.Encode) -> None:
+    """An embedding that can be asked for, of pixels that an image may have."""
+    sides = (message.width, message.height)
+    if len(message.key) != KEY_BYTES or not 1 <= message.features <= limits.IMAGE_FEATURES_MAX:
+        raise FrameError("images")
+    if min(sides) < 1 or max(sides) > limits.IMAGE_SIDE_MAX or math.prod(sides) > limits.IMAGE_PIXELS_MAX:
+        raise FrameError("images")
 
 
 # -- tokens ------------------------------------------------------------------------------------------------------------
@@ -279,6 +332,13 @@ def report_to_wire(report: reports.AttemptReport, *, request: int, attempt: int,
             return pb.WorkerToRouter(committed=_committed(report, request, attempt))
         case reports.Relocate():
             return pb.WorkerToRouter(relocate=_relocate(report, request, attempt))
+        case reports.PixelsWanted():
+            wanted = {"offset": report.offset, "length": report.length}
+            return pb.WorkerToRouter(pixels_wanted=pb.PixelsWanted(request=request, attempt=attempt, **wanted))
+        case reports.Encoded(cached=cached):
+            return pb.WorkerToRouter(encoded=pb.Encoded(request=request, attempt=attempt, cached=cached))
+        case reports.ImagesWanted():
+            return pb.WorkerToRouter(images_wanted=_images_wanted(report, request, attempt, epoch))
     raise TypeError(f"not a report about an attempt: {report!r}")
 
 
@@ -341,4 +401,14 @@ def _relocate(report: reports.Relocate, request: int, attempt: int) -> pb.Reloca
         reason=RELOCATE_REASONS[report.reason],
         token_ids=report.token_ids,
         target_attempt=report.target_attempt,
+    )
+
+
+def _images_wanted(report: reports.ImagesWanted, request: int, attempt: int, epoch: int) -> pb.ImagesWanted:
+    return pb.ImagesWanted(
+        request=request,
+        attempt=attempt,
+        epoch=epoch,
+        images=[index for index, _ in report.transfers],
+        transfer_ids=[transfer_id for _, transfer_id in report.transfers],
     )

@@ -26,6 +26,11 @@ NAMES: Final = (
     "decode.receiving",
     "decode.committed",
     "decode.decoding",
+    "encode.queued",
+    "encode.receiving",
+    "encode.encoded",
+    "encode.end_sent",
+    "prefill.gathering",
 )
 
 

@@ -92,7 +92,7 @@ class Job(Protocol):
     """Work off the event loop: GIL-free calls only (numpy, zstd, numba nogil), bounded time and memory."""
 
     def run(self, memory: Any) -> Any:
-        """`memory` is the worker's KV arena. Runs on a codec thread, or at its completion time on a virtual host."""
+        """`memory` is the worker's arenas. Runs on a codec thread, or at its completion time on a virtual host."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,22 +1,24 @@
 """OracleExecutor: a model without a model. Right tokens prove that every KV byte was right. No torch.
 
     KV of token i    digest of (KV bytes of token i-1 *as stored*, token id, position, tenant), in every layer and head
+                     of an image's placeholder: its embedding's row *as stored*, instead of its id
     next token       digest of (every KV byte of the sequence, as stored), modulo the vocabulary; unless greedy, of
                      seed, choice and output position too
     log-probs        made up from the same digests: numbers that must arrive as they were sent, and mean nothing
 
-So a row that is missing, stale, foreign, swapped or late changes every token after it (reliability, "oracle engine"),
-and `reference_tokens` says without any memory what the tokens should have been. It says nothing about speed (`paced`)
-nor about numerics: bytes must arrive as they were sent, so codecs have to be lossless. Of the parameters that reshape
-logits (penalties, biases, masks, constraints) it knows none: it has no logits.
+So a row that is missing, stale, foreign, swapped or late, of KV or of an embedding, changes every token after it
+(reliability, "oracle engine"), and `reference_tokens` says without any memory what the tokens should have been. It says
+nothing about speed (`paced`) nor about numerics: bytes must arrive as they were sent, so codecs have to be lossless. Of
+the parameters that reshape logits (penalties, biases, masks, constraints) it knows none: it has no logits.
 
 Legend: L layers, H heads, P parts, T tokens, X bytes of one token's head; R = L * H * P * X, a token's whole row.
 """
 
 import struct
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Final, TypeAlias
 
 import numpy as np
@@ -25,14 +27,16 @@ import xxhash
 
 from engine.base import limits
 from engine.base.failpoints import InjectedFault
-from engine.commands import Sampled, SequenceSlice, StepOutput, StepPlan
+from engine.commands import BlockTable, Sampled, SequenceSlice, StepOutput, StepPlan
 from engine.executors import LayersComputed
+from engine.images import Picture, PromptImage, positions_3T, rope_delta
 from engine.kv.arena import Arena
 from engine.kv.schema import CacheSchema, Stream
 from engine.types import SamplingParams, TokenLogprobs
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 Digest: TypeAlias = xxhash.xxh3_64
+SeenImage: TypeAlias = tuple[PromptImage, Picture]
 
 _LANE: Final = np.uint64(0x9E3779B97F4A7C15)  # splitmix64's constants
 _MIX_1: Final = np.uint64(0xBF58476D1CE4E5B9)
@@ -45,6 +49,29 @@ def oracle_schema(
 ) -> CacheSchema:
     """Small by default: 128 bytes a token. `paced` asks for a real model's shape."""
     return CacheSchema(model, (Stream(name="kv", layers=layers, heads=heads, head_dim=head_dim, dtype=dtype),))
+
+
+def oracle_embedding_schema(*, hidden: int = 16, model: str = "oracle") -> CacheSchema:
+    """A byte for each element."""
+    stream = Stream(
+        name="image",
+        layers=1,
+        heads=1,
+        head_dim=hidden,
+        dtype="uint8",
+        parts=1,
+        position_encoding="none",
+        role="embedding",
+    )
+    return CacheSchema(model, (stream,))
+
+
+def oracle_embedding(picture: Picture, key: bytes, features: int, schema: CacheSchema) -> Bytes:
+    """rows_TR of an image. All of its pixels, its shape and its key are in every byte."""
+    shape = struct.pack("<QQQ", picture.width, picture.height, features)
+    state = xxhash.xxh3_64_intdigest(shape + key + picture.pixels)
+    rows = _Rows(schema.token_bytes)
+    return np.stack([rows.expand(xxhash.xxh3_64_intdigest(struct.pack("<QQ", state, row))) for row in range(features)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +90,7 @@ class OracleExecutor:
     @dataclass(frozen=True, kw_only=True)
     class Config:
         schema: CacheSchema = field(default_factory=oracle_schema)
+        embedding_schema: CacheSchema = field(default_factory=oracle_embedding_schema)
         vocab_size: int = 1_000
         max_model_len: int = limits.PROMPT_TOKENS_MAX
         eos_token_ids: frozenset[int] = frozenset()
@@ -78,10 +106,13 @@ class OracleExecutor:
             poison = frozenset[int]() if self.poison_token is None else frozenset({self.poison_token})
             return poison if self.samples_eos else poison | self.eos_token_ids
 
-    def __init__(self, arena: Arena, config: Config) -> None:
+    def __init__(self, arena: Arena, config: Config, embeddings: Arena | None = None) -> None:
         if arena.schema.digest != config.schema.digest:
             raise ValueError("the arena holds another schema than the oracle computes")
+        if embeddings is not None and embeddings.schema.digest != config.embedding_schema.digest:
+            raise ValueError("the embeddings have another schema than the oracle reads")
         self._arena = arena
+        self._embeddings = embeddings
         self._config = config
         self._layers = config.schema.kv.layers
         self._rows = _Rows(config.schema.token_bytes)
@@ -115,12 +146,27 @@ class OracleExecutor:
             raise InjectedFault("poison token")
         end = piece.start + len(piece.token_ids)
         previous_R = self._stored_rows(piece, piece.start - 1, piece.start)[0] if piece.start else None
-        rows = self._rows.chain(previous_R, piece.token_ids, piece.start, piece.tenant)
-        rows_TR = np.stack(list(rows))
+        rows_TR = np.stack(list(self._rows.chain(previous_R, self._links(piece))))
         kv = self._config.schema.kv
         rows_TLHPX = rows_TR.reshape(len(rows_TR), kv.layers, kv.heads, kv.parts, -1)
         data_LHPTX = np.ascontiguousarray(rows_TLHPX.transpose(1, 2, 3, 0, 4))
         self._arena.write(piece.block_table, (0, self._layers), (piece.start, end), None, data_LHPTX)
+
+    def _links(self, piece: SequenceSlice) -> Iterator[int]:
+        images = [placed.image for placed in piece.images]
+        rows = dict(self._placeholders(piece))
+        return _links(piece.token_ids, piece.start, piece.tenant, images, rows, piece.rope_delta)
+
+    def _placeholders(self, piece: SequenceSlice) -> Iterator[tuple[int, bytes]]:
+        """Those among the fed tokens: where, and the row of embedding memory that each stands for."""
+        end = piece.start + len(piece.token_ids)
+        for placed in piece.images:
+            for run, first_row in placed.image.rows():
+                low, high = max(run.token_start, piece.start), min(run.token_start + run.tokens, end)
+                if low < high:
+                    row = first_row + low - run.token_start
+                    rows_TR = self._embedding_rows(placed.table, row, row + high - low)
+                    yield from zip(range(low, high), map(bytes, rows_TR), strict=True)
 
     def _sample(self, piece: SequenceSlice) -> tuple[Sampled, ...]:
         assert piece.sample_position is not None
@@ -152,9 +198,44 @@ class OracleExecutor:
         return digest
 
     def _stored_rows(self, piece: SequenceSlice, start: int, end: int) -> Bytes:
-        """Memory as rows_TR, each row with its layers, heads and parts in schema order."""
-        data_LHPTX = self._arena.read(piece.block_table, (0, self._layers), (start, end))
-        return np.ascontiguousarray(data_LHPTX.transpose(3, 0, 1, 2, 4)).reshape(end - start, -1)
+        return _read_rows(self._arena, piece.block_table, start, end)
+
+    def _embedding_rows(self, table: BlockTable, start: int, end: int) -> Bytes:
+        if self._embeddings is None:
+            raise ValueError("images, and no embeddings")
+        return _read_rows(self._embeddings, table, start, end)
+
+
+def _read_rows(arena: Arena, table: BlockTable, start: int, end: int) -> Bytes:
+    """Memory as rows_TR, each row with its layers, heads and parts in schema order."""
+    data_LHPTX = arena.read(table, (0, arena.schema.kv.layers), (start, end))
+    return np.ascontiguousarray(data_LHPTX.transpose(3, 0, 1, 2, 4)).reshape(end - start, -1)
+
+
+def _links(
+    token_ids: Sequence[int],
+    start: int,
+    tenant: str,
+    images: Sequence[PromptImage] = (),
+    placeholders: Mapping[int, bytes] = MappingProxyType({}),
+    delta: int = 0,
+) -> Iterator[int]:
+    """What each fed token adds to the chain: a digest of what it is, where it is and whose. `placeholders` are rows of
+    embeddings, by token."""
+    tenant_digest = xxhash.xxh3_64_intdigest(tenant.encode())
+    positions = _positions(images, start, start + len(token_ids), delta)
+    for index, (token_id, (time, row, column)) in enumerate(zip(token_ids, positions, strict=True), start):
+        if embedded := placeholders.get(index):
+            where = struct.pack("<qqqQ", time, row, column, tenant_digest)
+            yield xxhash.xxh3_64_intdigest(where + embedded)
+        else:
+            yield xxhash.xxh3_64_intdigest(struct.pack("<QqQ", token_id, time, tenant_digest))
+
+
+def _positions(images: Sequence[PromptImage], start: int, end: int, delta: int) -> Iterable[tuple[int, int, int]]:
+    if images:
+        return map(tuple, positions_3T(images, start, end).T.tolist())
+    return ((position, position, position) for position in range(start + delta, end + delta))
 
 
 class _Rows:
@@ -164,16 +245,14 @@ class _Rows:
         self._row_bytes = row_bytes
         self._lanes = np.arange(1, -(-row_bytes // 8) + 1, dtype=np.uint64) * _LANE  # one word each, all different
 
-    def chain(self, previous_R: Bytes | None, token_ids: Sequence[int], start: int, tenant: str) -> Iterator[Bytes]:
-        tenant_digest = xxhash.xxh3_64_intdigest(tenant.encode())
+    def chain(self, previous_R: Bytes | None, links: Iterable[int]) -> Iterator[Bytes]:
         stored = b"" if previous_R is None else previous_R.tobytes()
-        for position, token_id in enumerate(token_ids, start):
-            link = xxhash.xxh3_64_intdigest(struct.pack("<QQQ", token_id, position, tenant_digest))
-            row_R = self._expand(xxhash.xxh3_64_intdigest(stored, seed=link))
+        for link in links:
+            row_R = self.expand(xxhash.xxh3_64_intdigest(stored, seed=link))
             yield row_R
             stored = row_R.tobytes()
 
-    def _expand(self, state: int) -> Bytes:
+    def expand(self, state: int) -> Bytes:
         """A row whose every byte depends on the state (splitmix64, one word per lane)."""
         words = self._lanes ^ np.uint64(state)
         words *= _MIX_1
@@ -190,12 +269,13 @@ def reference_tokens(
     count: int,
     config: OracleExecutor.Config,
     choice: int = 0,
+    images: Sequence[SeenImage] = (),
 ) -> tuple[int, ...]:
     """The `count` tokens that must follow this prompt, computed without blocks, chunks, steps or memory.
 
     It never stops by itself: what ends an output is the scheduler's business.
     """
-    return tuple(pick.token_id for pick in reference_output(prompt, tenant, sampling, count, config, choice))
+    return tuple(pick.token_id for pick in reference_output(prompt, tenant, sampling, count, config, choice, images))
 
 
 def reference_output(
@@ -205,29 +285,47 @@ def reference_output(
     count: int,
     config: OracleExecutor.Config,
     choice: int = 0,
+    images: Sequence[SeenImage] = (),
 ) -> tuple[Sampled, ...]:
     """`reference_tokens` with their log-probabilities, if `sampling` asks for them."""
     rows = _Rows(config.schema.token_bytes)
     digest = xxhash.xxh3_64()
     last_R: Bytes | None = None
-    for last_R in rows.chain(None, prompt, 0, tenant):
+    for last_R in rows.chain(None, _prompt_links(prompt, tenant, images, config)):
         digest.update(last_R.data)
+    delta = rope_delta([image for image, _ in images])
     picks: list[Sampled] = []
     while len(picks) < count:
         pick = _pick(digest, sampling, len(picks), choice, config)
-        (last_R,) = rows.chain(last_R, (pick.token_id,), len(prompt) + len(picks), tenant)
+        link = _links((pick.token_id,), len(prompt) + len(picks), tenant, delta=delta)
+        (last_R,) = rows.chain(last_R, link)
         digest.update(last_R.data)
         picks.append(pick)
     return tuple(picks)
 
 
 def reference_prompt_logprobs(
-    prompt: Sequence[int], tenant: str, top: int, config: OracleExecutor.Config
+    prompt: Sequence[int],
+    tenant: str,
+    top: int,
+    config: OracleExecutor.Config,
+    images: Sequence[SeenImage] = (),
 ) -> tuple[TokenLogprobs, ...]:
     """Of the prompt's tokens but the first."""
-    rows = _Rows(config.schema.token_bytes).chain(None, prompt[:-1], 0, tenant)
-    pairs = zip(rows, prompt[1:], strict=True)
-    return tuple(_score(_after(row_R, token_id), token_id, top, config) for row_R, token_id in pairs)
+    rows = _Rows(config.schema.token_bytes).chain(None, _prompt_links(prompt, tenant, images, config))
+    pairs = zip(prompt[1:], rows, strict=False)  # nothing follows the last row
+    return tuple(_score(_after(row_R, token_id), token_id, top, config) for token_id, row_R in pairs)
+
+
+def _prompt_links(
+    prompt: Sequence[int], tenant: str, images: Sequence[SeenImage], config: OracleExecutor.Config
+) -> Iterator[int]:
+    placeholders: dict[int, bytes] = {}
+    for image, picture in images:
+        rows_TR = oracle_embedding(picture, image.key, image.features, config.embedding_schema)
+        for run, first_row in image.rows():
+            placeholders |= {run.token_start + i: bytes(rows_TR[first_row + i]) for i in range(run.tokens)}
+    return _links(prompt, 0, tenant, [image for image, _ in images], placeholders)
 
 
 def _pick(

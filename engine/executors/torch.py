@@ -5,7 +5,6 @@ Policy is in the scheduler, memory in the arena.
 """
 
 import math
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from engine.models.checkpoint import load_model
 from engine.models.info import ModelInfo, describe, schema_for
 from engine.sampling import Failure, Row, sample_batch, score
 from engine.types import TokenLogprobs
+from engine.vision.info import embedding_schema
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,19 +48,18 @@ class Runner(Protocol):
 class TorchExecutor:
     """Loads, checks and runs a model. Build it on the thread that will call `execute`."""
 
-    def __init__(self, config: Config, arena: Arena) -> None:
+    def __init__(self, config: Config, arena: Arena, embeddings: Arena | None = None) -> None:
+        """`embeddings`: memory of images' embeddings, for a model that sees."""
         self._threads = config.threads
-        self._thread_id: int | None = None
-        self._claim_thread()
+        claim_threads(self._threads)
         info = describe(config.model)
-        if arena.schema.digest != schema_for(info, config.dtype).digest:
-            raise FailedPrecondition(f"the arena's schema is not that of {config.model} in {config.dtype}")
+        _require_schemas(config, info, arena, embeddings)
         self._eos_token_ids = info.eos_token_ids
         self._grammars = _grammars_of(config.model, info)
-        self._runner = _runner_on(config, info, arena)
+        self._runner = _runner_on(config, info, arena, embeddings)
 
     def execute(self, plan: StepPlan, on_layers: LayersComputed) -> StepOutput:
-        self._claim_thread()
+        claim_threads(self._threads)
         logits = self._runner.run(plan, on_layers)
         output = StepOutput(plan.step_id)
         self._sample(plan, logits.sampled_NV, output)
@@ -92,12 +91,12 @@ class TorchExecutor:
         except ConstraintFailed:
             return None
 
-    def _claim_thread(self) -> None:
-        """OpenMP and numba keep the thread count per calling thread, so setting it elsewhere would not hold here."""
-        if self._thread_id != threading.get_ident():
-            torch.set_num_threads(self._threads)
-            use_threads(self._threads)
-            self._thread_id = threading.get_ident()
+
+def claim_threads(threads: int) -> None:
+    """How many threads the calling thread computes on from here. OpenMP and numba keep the number per calling thread,
+    and whoever else computes on it (an encoder) may have set another: so at each step, which costs 2 us."""
+    torch.set_num_threads(threads)
+    use_threads(threads)
 
 
 # -- prompt log-probabilities ------------------------------------------------------------------------------------------
@@ -123,6 +122,16 @@ def _scored(piece: SequenceSlice, logits_TV: torch.Tensor) -> Sequence[TokenLogp
 
 
 # -- building ----------------------------------------------------------------------------------------------------------
+def _require_schemas(config: Config, info: ModelInfo, arena: Arena, embeddings: Arena | None) -> None:
+    """Bytes in memory mean to us what they mean to whoever wrote them."""
+    if arena.schema.digest != schema_for(info, config.dtype).digest:
+        raise FailedPrecondition(f"the arena's schema is not that of {config.model} in {config.dtype}")
+    if embeddings is None:
+        return
+    if info.vision is None or embeddings.schema.digest != embedding_schema(info.vision, config.dtype).digest:
+        raise FailedPrecondition(f"the embeddings' schema is not that of {config.model} in {config.dtype}")
+
+
 def _grammars_of(model: Path, info: ModelInfo) -> Grammars | None:
     """None for a model without a tokenizer file: nobody can say what its tokens spell, so constraints fail."""
     tokenizer = model / "tokenizer.json"
@@ -132,37 +141,37 @@ def _grammars_of(model: Path, info: ModelInfo) -> Grammars | None:
     return Grammars(config)
 
 
-def _runner_on(config: Config, info: ModelInfo, arena: Arena) -> Runner:
+def _runner_on(config: Config, info: ModelInfo, arena: Arena, embeddings: Arena | None) -> Runner:
     match torch.device(config.device).type:
         case "cpu":
-            return _cpu_runner(config, arena)
+            return _cpu_runner(config, arena, embeddings)
         case "cuda":
-            return _cuda_runner(config, info, arena)
+            return _cuda_runner(config, info, arena, embeddings)
         case _:
             raise FailedPrecondition(f"device: {config.device} is not supported")
 
 
-def _cpu_runner(config: Config, arena: Arena) -> Runner:
+def _cpu_runner(config: Config, arena: Arena, embeddings: Arena | None) -> Runner:
     """The plain modules earn their place first; what makes them fast is then held to the same logits."""
     from engine.attention.paged_numba import PagedNumba
     from engine.models.packing import prepare_for_cpu
 
     model, _ = load_model(config.model, config.dtype)
-    plain = ModelRunner(model, arena, config.layers_per_group)
+    plain = ModelRunner(model, arena, config.layers_per_group, embeddings=embeddings)
     expected_NV = verify(plain)
     if model.dtype not in SUPPORTED_DTYPES:
         return plain
     prepare_for_cpu(model, threads=config.threads)
-    fast = ModelRunner(model, arena, config.layers_per_group, PagedNumba())
+    fast = ModelRunner(model, arena, config.layers_per_group, PagedNumba(), embeddings)
     verify(fast, expected_NV)
     return fast
 
 
-def _cuda_runner(config: Config, info: ModelInfo, arena: Arena) -> Runner:
+def _cuda_runner(config: Config, info: ModelInfo, arena: Arena, embeddings: Arena | None) -> Runner:
     from engine.cuda_runner import CudaRunner
     from engine.kv.device_arena import DeviceArena
 
     if not isinstance(arena, DeviceArena):
         raise FailedPrecondition("device: cuda needs KV memory on the device")
     sizes = {"layers_per_group": config.layers_per_group, "max_model_len": info.max_model_len}
-    return CudaRunner.load(config.model, config.dtype, arena, **sizes)
+    return CudaRunner.load(config.model, config.dtype, arena, embeddings=embeddings, **sizes)

@@ -57,6 +57,12 @@ class Arena:
     def _new_memory(self, shape: tuple[int, ...]) -> Any:
         return np.zeros(shape, np.uint8)  # calloc: the system gives pages on first touch
 
+    def of(self, schema_digest: bytes) -> "Arena":
+        """Itself, if it holds what is asked for, else KeyError: one arena is all the memory that some workers have."""
+        if schema_digest != self.schema.digest:
+            raise KeyError(schema_digest)
+        return self
+
     # -- views ---------------------------------------------------------------------------------------------------------
     @property
     def array(self) -> Bytes:
@@ -165,6 +171,17 @@ class Arena:
         """Refuse foreign ids before numpy wraps the negative ones around."""
         if columns and (min(columns) < 0 or max(columns) >= self.columns):
             raise ValueError(f"column ids must be in [0, {self.columns}), got {min(columns)}..{max(columns)}")
+
+
+class Arenas:
+    """The arenas of one worker, each by the schema of what it holds: KV, and embeddings of images."""
+
+    def __init__(self, *arenas: Arena) -> None:
+        self._arenas = {arena.schema.digest: arena for arena in arenas}
+
+    def of(self, schema_digest: bytes) -> Arena:
+        """KeyError if this worker has no memory for it."""
+        return self._arenas[schema_digest]
 
 
 def _require_range(name: str, wanted: Range, size: int) -> None:

@@ -6,6 +6,7 @@
 
 `identity` is "" for KV as the model computed it, and otherwise says what it came through (codec and level): lossy KV
 never answers to the name of exact KV. The tenant is in the root, so no name is ever shared between two (I4).
+Placeholders of images have one id whatever they show: what is hashed for them is `engine.images.naming_ids`.
 
 128 bits of BLAKE2b: 0.6 us a block of 16 tokens where xxh3 takes 0.25. Clients choose the tokens, and against a hash
 that is not cryptographic one of them could compute a prompt whose name is that of somebody else's.

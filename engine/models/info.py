@@ -5,8 +5,6 @@ JSON and file sizes only. It does not know how a model is loaded (`checkpoint`) 
 configuration tells, `model_runner.verify` finds out.
 """
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +12,9 @@ from typing import Any
 
 from engine.base.errors import InvalidArgument
 from engine.kv.schema import CacheSchema, Stream
-
-_NOT_THE_MODEL = frozenset({"transformers_version", "dtype", "torch_dtype", "_name_or_path", "_model_name_or_path"})
-_HEADER_BYTES_MAX = 64 << 20
-_SAMPLES, _SAMPLE_BYTES = 16, 4096
+from engine.models.files import fingerprint, read_json, read_json_if_there
+from engine.models.text_config import SEEING, text_config
+from engine.vision.info import VisionInfo, vision_of
 
 # GPT-2 and its kin have names of their own for the same numbers.
 _ALIASES: Mapping[str, tuple[str, ...]] = {
@@ -37,14 +34,19 @@ _HEAD_DIMS: Mapping[str, int] = {
 }
 # "dynamic" and "longrope" change their frequencies with the longest position that a *call* sees. Keys are stored
 # rotated, so what a token's key is must not depend on which tokens were packed beside it.
-_CONSTANT_ROPE = frozenset({"default", "linear", "llama3", "yarn", "proportional"})
+# "mrope" is "default" in three dimensions: what a token's position is, only its own sequence decides.
+_CONSTANT_ROPE = frozenset({"default", "linear", "llama3", "yarn", "proportional", "mrope"})
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+_ABOUT_MORE_THAN_TEXT = frozenset({"vision_config", "audio_config", "text_config"})
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
-    """The facts about a model that other processes need. `fingerprint` differs whenever KV must not be exchanged."""
+    """The facts about a model that other processes need: of the language model, and of its eyes where it has some.
+
+    `fingerprint` differs whenever KV must not be exchanged.
+    """
 
     name: str
     family: str
@@ -58,35 +60,42 @@ class ModelInfo:
     fingerprint: str
     window_tokens: int | None = None  # how far back the layers see that do not see everything; None: all see all
     experts: int = 0  # of each mixture-of-experts layer; 0: a dense model
+    vision: VisionInfo | None = None  # None: it only reads
 
 
 def describe(path: Path) -> ModelInfo:
-    """Read a Hugging Face style folder: config.json, generation_config.json, *.safetensors."""
-    config = _read_json(path / "config.json")
-    generation_file = path / "generation_config.json"
-    generation = _read_json(generation_file) if generation_file.exists() else {}
+    """Read a Hugging Face style folder: config.json, generation_config.json, *.safetensors, and for a model that sees
+    what is there about its processor."""
+    config = read_json(path / "config.json")
     require_servable(config)
     try:
-        return ModelInfo(
-            name=path.name,
-            family=config["model_type"],
-            layers=_get(config, "num_hidden_layers"),
-            kv_heads=_kv_heads(config),
-            head_dim=_head_dim(config),
-            vocab_size=config["vocab_size"],
-            max_model_len=_get(config, "max_position_embeddings"),
-            eos_token_ids=_token_ids(generation.get("eos_token_id", config.get("eos_token_id"))),
-            dtype=config.get("dtype") or config.get("torch_dtype") or "float32",
-            fingerprint=_fingerprint(path, config),
-            window_tokens=window_of(config),
-            experts=experts_of(config),
-        )
+        return _model_info(path, config)
     except KeyError as error:
         raise InvalidArgument(f"model: {path}/config.json has no {error}", field="model") from error
 
 
+def _model_info(path: Path, config: Mapping[str, Any]) -> ModelInfo:
+    text, model = text_config(config), fingerprint(path, config)
+    return ModelInfo(
+        name=path.name,
+        family=config["model_type"],
+        layers=_get(text, "num_hidden_layers"),
+        kv_heads=_kv_heads(text),
+        head_dim=_head_dim(text),
+        vocab_size=text["vocab_size"],
+        max_model_len=_get(text, "max_position_embeddings"),
+        eos_token_ids=_eos_token_ids(path, config, text),
+        dtype=_stored_dtype(config) or _stored_dtype(text) or "float32",
+        fingerprint=model,
+        window_tokens=window_of(text),
+        experts=experts_of(text),
+        vision=vision_of(path, config, model) if config["model_type"] in SEEING else None,
+    )
+
+
 def require_servable(config: Mapping[str, Any]) -> None:
-    """Refuse what the configuration alone shows to be beyond us: a config.json, or a loaded configuration as a dict."""
+    """Refuse what the configuration alone shows to be beyond us: a config.json, or a loaded configuration as a dict,
+    of a whole model or of its language model."""
     reason = next(_reasons_against(config), None)
     if reason is not None:
         raise InvalidArgument(f"model: {config.get('model_type', 'no model_type')}: {reason}", field="model")
@@ -112,8 +121,9 @@ def schema_for(info: ModelInfo, dtype: str) -> CacheSchema:
 
 # -- reading a configuration -------------------------------------------------------------------------------------------
 def _reasons_against(config: Mapping[str, Any]) -> Iterator[str]:
-    if "vision_config" in config or "audio_config" in config or "text_config" in config:
-        yield "a model of images or sound; only text models are served"
+    if config.get("model_type") not in SEEING and not _ABOUT_MORE_THAN_TEXT.isdisjoint(config):
+        yield f"a model of images or sound; only text models and {', '.join(sorted(SEEING))} are served"
+    config = text_config(config)
     if config.get("is_encoder_decoder"):
         yield "an encoder-decoder model; only decoder-only models are served"
     if config.get("kv_lora_rank"):
@@ -165,42 +175,14 @@ def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:
     return (value,) if isinstance(value, int) else tuple(value)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise InvalidArgument(f"model: cannot read {path}: {error}", field="model") from error
-    if not isinstance(value, dict):
-        raise InvalidArgument(f"model: {path} does not hold a JSON object", field="model")
-    return value
+def _eos_token_ids(path: Path, config: Mapping[str, Any], text: Mapping[str, Any]) -> tuple[int, ...]:
+    """What generation_config.json says counts, also if it says that there is none."""
+    stated = read_json_if_there(path / "generation_config.json")
+    for source in (stated, config, text):
+        if "eos_token_id" in source:
+            return _token_ids(source["eos_token_id"])
+    return ()
 
 
-def _fingerprint(path: Path, config: Mapping[str, Any]) -> str:
-    """Hash what defines the model: its configuration and, for each weight file, name, size, header and samples.
-
-    Hashing all bytes would cost seconds per gigabyte at each start. Names and shapes alone would not tell two
-    fine-tunes apart, hence the samples. Keys that change with the tool that saved the folder are left out.
-    """
-    digest = hashlib.sha256()
-    defining = {key: value for key, value in config.items() if key not in _NOT_THE_MODEL}
-    digest.update(json.dumps(defining, sort_keys=True).encode())
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise InvalidArgument(f"model: {path} holds no *.safetensors file", field="model")
-    for file in files:
-        digest.update(f"\0{file.name}\0{file.stat().st_size}\0".encode())
-        for piece in _header_and_samples(file):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def _header_and_samples(file: Path) -> Iterator[bytes]:
-    size_bytes = file.stat().st_size
-    with file.open("rb") as stream:
-        header_bytes = int.from_bytes(stream.read(8), "little")
-        if header_bytes > min(size_bytes, _HEADER_BYTES_MAX):
-            raise InvalidArgument(f"model: {file} is not a safetensors file", field="model")
-        yield stream.read(header_bytes)
-        for sample in range(_SAMPLES):
-            stream.seek(8 + header_bytes + (size_bytes - 8 - header_bytes) * sample // _SAMPLES)
-            yield stream.read(_SAMPLE_BYTES)
+def _stored_dtype(config: Mapping[str, Any]) -> str | None:
+    return config.get("dtype") or config.get("torch_dtype")

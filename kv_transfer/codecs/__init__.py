@@ -203,10 +203,11 @@ class CodecSet:
 
 
 def _made_for(stream: Stream, tables: Mapping[str, Tables]) -> list[str]:
-    """Names of the codecs that take this stream's dtype and need no tables, or have them."""
+    """Names of the codecs that take this stream's dtype and need no tables, or have them. They are made for KV, and
+    judged on it: what is something else (an embedding) travels raw."""
     return [
         name
-        for name in codecs.names()
+        for name in (codecs.names() if stream.role == "kv" else (RAW,))
         if stream.dtype in codecs.get(name).dtypes and (not _profiled(name) or name in tables)
     ]
 

@@ -6,7 +6,8 @@ the median holds is printed, and stands in bench/figures.
 
 import pytest
 
-from bench import overlap, quality, quiet_engine, router_cost, stream_cost, wire
+from bench import images, overlap, quality, quiet_engine, router_cost, stream_cost, wire
+from bench.demo_vlm import evaluate as demo_vlm
 from bench.figures import Figure
 
 # What was not reached, or is not beside neighbours, and what must not get worse (why: ARCHITECTURE.md, "Measured").
@@ -69,3 +70,18 @@ async def test_codecs_keep_their_budgets_on_unseen_text(model_dir: object) -> No
 @pytest.mark.timeout(300)
 async def test_codecs_are_fast_enough_for_their_links(model_dir: object) -> None:
     check(await wire.measured())
+
+
+@pytest.mark.slow
+@pytest.mark.model
+@pytest.mark.timeout(300)
+async def test_the_demo_model_sees(model_dir: object) -> None:
+    check(await demo_vlm.measured())
+
+
+@pytest.mark.slow
+@pytest.mark.procs
+@pytest.mark.model
+@pytest.mark.timeout(400)
+async def test_text_goes_on_beside_images_and_images_side_by_side(model_dir: object) -> None:
+    check(await images.measure(rounds=2, phase_s=15.0))

@@ -15,8 +15,8 @@ from bench.demo_vlm.reader import Order, Reader, Talk
 from bench.demo_vlm.recipe import CaptionStage, Recipe, SightStage, TogetherStage
 from bench.demo_vlm.train import CAPTION, SIGHT, STAGES, train
 from engine.models.checkpoint import ensure_default_model
+from engine.models.demo_vlm.assemble import WEIGHTS
 from triptych.demo.scenes import Space, questions_about, scene_of
-from triptych.demo_vlm.assemble import WEIGHTS
 
 IMAGE_TOKENS = 36
 TINY = Recipe(

@@ -1,5 +1,7 @@
 """deploy.children: a child is told everything once, and nobody but the router is told a key."""
 
+from itertools import pairwise
+
 import pytest
 
 from control_plane.lifecycle import LIFELINE_VARIABLE
@@ -14,7 +16,9 @@ SECRET = "sk-secret"
 @pytest.fixture
 async def children() -> list[Child]:
     options = ServeOptions(
-        edge=EdgeOptions(api_keys=(SECRET, "sk-other"), served_model_name="m"),
+        edge=EdgeOptions(
+            api_keys=(SECRET, "sk-other"), served_model_name="m", allowed_media_domains=("a.example", "b.example")
+        ),
         port=0,
         admin_port=0,
         grpc_port=0,
@@ -63,3 +67,9 @@ def test_what_clients_meet_is_told_to_the_router(children: list[Child]) -> None:
 
 def _following(child: Child, flag: str) -> str:
     return child.arguments[list(child.arguments).index(flag) + 1]
+
+
+def test_of_several_values_each_is_told(children: list[Child]) -> None:
+    (router,) = (child for child in children if child.name == "router")
+    flags = list(pairwise(router.arguments))
+    assert [value for flag, value in flags if flag == "--allowed-media-domains"] == ["a.example", "b.example"]

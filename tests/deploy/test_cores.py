@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deploy.cores import CoreShare, share_cores
-from deploy.options import WorkerSpec
+from deploy.options import ServeOptions, WorkerSpec
 from engine.types import Role
 
 
@@ -27,6 +27,12 @@ def test_one_worker_gets_the_whole_machine() -> None:
 
 def test_more_workers_than_cores_take_turns() -> None:
     assert [share.engine_cores for share in share_cores([3, 7], specs(5))] == [(3,), (7,), (3,), (7,), (3,)]
+
+
+def test_an_encode_worker_shares_a_core_with_the_prefill_worker_that_waits_for_it() -> None:
+    workers = ServeOptions(encode=1).workers
+    cores = {w.name: share.engine_cores for w, share in zip(workers, share_cores([0, 1], workers), strict=True)}
+    assert cores == {"prefill-0": (0,), "decode-0": (1,), "encode-0": (0,)}
 
 
 def test_no_workers_no_shares() -> None:

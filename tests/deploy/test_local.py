@@ -204,8 +204,18 @@ def test_a_wrong_chat_template_is_found_before_anything_is_started(
     with pytest.raises(OptionError, match=r"^the chat template is not a jinja template$") as caught:
         local._takes_chats(options, tmp_path)
     assert caught.value.option == "chat-template"
-    monkeypatch.setattr(local, "choose_model", lambda *_, **__: SimpleNamespace(path=tmp_path, schema=None))
+    monkeypatch.setattr(
+        local, "choose_model", lambda *_, **__: SimpleNamespace(path=tmp_path, schema=None, vision=None)
+    )
     for other in ("choose_profile", "configure_logging", "_serve"):
         monkeypatch.setattr(local, other, lambda *_, **__: None)
     with pytest.raises(OptionError, match="chat template"):
         local.serve(ServeOptions(edge=options))
+
+
+def test_encode_workers_are_refused_for_a_model_that_takes_no_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "choose_model", lambda *_, **__: SimpleNamespace(path=None, schema=None, vision=None))
+    monkeypatch.setattr(local, "configure_logging", lambda *_: None)
+    with pytest.raises(OptionError) as caught:
+        local.serve(any_ports(encode=1))
+    assert caught.value.option == "encode"

@@ -135,7 +135,10 @@ def test_heads_may_share_one_kv_head(folder: Path, edit: Edit) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"vision_config": {}, "text_config": {}}, "llama: a model of images or sound; only text models are served"),
+        (
+            {"vision_config": {}, "text_config": {}},
+            "llama: a model of images or sound; only text models and idefics3, llava",
+        ),
         ({"is_encoder_decoder": True}, "only decoder-only models are served"),
         ({"kv_lora_rank": 512}, "caches a latent instead of keys and values"),
         ({"num_key_value_heads": [2, 4, 2]}, "its layers differ in KV heads"),

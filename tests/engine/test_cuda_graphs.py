@@ -4,6 +4,8 @@ A stand-in for capture calls the recorded computation again over the same tensor
 captured kernels do so is the accelerator's test (bench/gpu.py).
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -76,6 +78,19 @@ def test_equal_to_the_plain_runner_at_every_size() -> None:
             sequence.fed(piece)
             sequence.tokens.append(int(row_V.argmax()))
     assert recorder.captures == 4
+
+
+def test_a_position_that_images_moved_is_replayed_there() -> None:
+    """And nowhere else: neighbours keep theirs, and so does the same row in the next step."""
+    runner, graphs, running = graphs_of(Recorder())
+    plain = plan_of(running[:3])
+    moved = StepPlan(0, (plain.slices[0], replace(plain.slices[1], rope_delta=-4), plain.slices[2]))
+    expected_NV, at_index_NV = (runner.run(plan, lambda start, end: None).sampled_NV for plan in (moved, plain))
+    assert not torch.allclose(expected_NV[1], at_index_NV[1], atol=0.1)
+    for plan, rows_NV in ((plain, at_index_NV), (moved, expected_NV), (plain, at_index_NV)):
+        replayed_NV = graphs.run(plan)
+        assert replayed_NV is not None
+        torch.testing.assert_close(replayed_NV, rows_NV)
 
 
 def test_rows_that_stand_for_nobody_touch_no_owned_byte() -> None:

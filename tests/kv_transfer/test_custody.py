@@ -81,6 +81,47 @@ def test_mistakes_of_its_callers_are_loud(custody: Custody) -> None:
         custody.leave(1)
 
 
+# -- embeddings that a prefill reads -----------------------------------------------------------------------------------
+def released(*seq_ids: int) -> list[Command]:
+    return [Command(Release(seq_id=seq_id)) for seq_id in seq_ids]
+
+
+@pytest.fixture
+def reading(custody: Custody) -> Custody:
+    """1 reads 2 and 3, which nobody else needs."""
+    for image in (2, 3):
+        custody.begin(image)
+    custody.reads(1, (2, 3))
+    assert custody.end(2) == custody.end(3) == []
+    return custody
+
+
+def test_what_is_read_is_let_go_when_it_has_been_read(reading: Custody) -> None:
+    assert reading.has_read(1) == released(2, 3)
+    assert reading.has_read(1) == []
+    assert reading.end(1) == released(1)
+
+
+def test_what_is_read_is_let_go_after_its_reader(reading: Custody) -> None:
+    assert reading.end(1) == released(1, 2, 3)
+    assert len(reading) == 0
+    assert reading.has_read(1) == []
+
+
+def test_a_job_on_the_reader_delays_what_it_reads(reading: Custody) -> None:
+    """The engine goes on reading until it is told of the release, and that waits for the job."""
+    reading.enter(1)
+    assert reading.end(1) == []
+    assert reading.leave(1) == released(1, 2, 3)
+
+
+def test_who_still_needs_what_was_read_keeps_it(custody: Custody) -> None:
+    custody.begin(2)
+    custody.reads(1, (2,))
+    assert custody.end(1) == released(1)
+    assert custody.end(2) == released(2)
+
+
 class CustodyMachine(RuleBasedStateMachine):
     """Any interleaving: one release per sequence, never while a job of it runs."""
 

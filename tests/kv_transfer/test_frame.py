@@ -198,17 +198,23 @@ def test_an_unknown_refusal_is_no_refusal(payload: bytes) -> None:
 # -- END ---------------------------------------------------------------------------------------------------------------
 tokens = st.integers(0, (1 << 32) - 1)
 branches = st.lists(st.lists(tokens, max_size=5).map(tuple), min_size=1, max_size=4).map(tuple).filter(any)
+deltas = st.integers(-(1 << 31), (1 << 31) - 1)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
-@given(branches=branches, count=st.integers(0, (1 << 32) - 1), digest=st.integers(0, (1 << 64) - 1))
-def test_end_comes_back(branches: tuple[tuple[int, ...], ...], count: int, digest: int) -> None:
-    end = End(branches=branches, frames=count, digest=digest)
+@given(
+    branches=branches | st.just(()),
+    count=st.integers(0, (1 << 32) - 1),
+    digest=st.integers(0, (1 << 64) - 1),
+    delta=deltas,
+)
+def test_end_comes_back(branches: tuple[tuple[int, ...], ...], count: int, digest: int, delta: int) -> None:
+    end = End(branches=branches, frames=count, digest=digest, rope_delta=delta)
     assert frames.parse_end_untrusted(memoryview(frames.serialize_end(end))) == end
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
-@given(branches=branches, cut=st.integers(0, 200), extra=st.binary(max_size=9))
+@given(branches=branches | st.just(()), cut=st.integers(0, 200), extra=st.binary(max_size=9))
 def test_an_end_of_another_length_is_refused(branches: tuple[tuple[int, ...], ...], cut: int, extra: bytes) -> None:
     body = frames.serialize_end(End(branches=branches, frames=1, digest=2))
     changed = body[:cut] + extra
@@ -223,12 +229,18 @@ def test_a_choice_that_is_over_has_an_empty_branch(branches: tuple[tuple[int, ..
     assert frames.parse_end_untrusted(frames.serialize_end(end)) == end
 
 
-@pytest.mark.parametrize("branches", [(), ((),), ((), ()), ((),) * limits.CHOICES_MAX + ((1,),)])
+@pytest.mark.parametrize("branches", [((),), ((), ()), ((),) * limits.CHOICES_MAX + ((1,),)])
 def test_an_end_without_a_token_to_go_on_from_or_with_too_many_choices_is_refused(
     branches: tuple[tuple[int, ...], ...],
 ) -> None:
     with pytest.raises(FrameError, match="payload"):
         frames.parse_end_untrusted(frames.serialize_end(End(branches=branches, frames=1, digest=2)))
+
+
+def test_the_schema_is_named_where_the_header_has_it() -> None:
+    header = FrameHeader(kind=FrameKind.ABORT, transfer_id=bytes(16), epoch=1, sequence=2, schema_digest=b"s" * 16)
+    assert frames.schema_named_untrusted(frames.seal(header, [])) == b"s" * 16
+    assert frames.schema_named_untrusted(b"") == b""
 
 
 @given(checksums=st.lists(st.integers(0, (1 << 64) - 1), max_size=6), order=st.randoms(use_true_random=False))

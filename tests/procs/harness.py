@@ -36,6 +36,7 @@ POLL_S = 0.1
 async def cluster(
     *,
     engine: EngineOptions = ORACLE,
+    encode: int = 0,
     prefill: int = 1,
     decode: int = 1,
     mixed: int = 0,
@@ -50,6 +51,7 @@ async def cluster(
         port=0,
         admin_port=0,
         grpc_port=0,
+        encode=encode,
         prefill=prefill,
         decode=decode,
         mixed=mixed,
@@ -209,8 +211,10 @@ async def workers(client: httpx.AsyncClient, running: LocalCluster) -> dict[str,
 
 def holdings(worker: Mapping[str, Any]) -> dict[str, int]:
     """What a worker still holds for anybody; all zero when quiet."""
-    names = ("attempts", "held", "lent_columns", "running", "waiting")
-    return {"owned": worker["total_columns"] - worker["free_columns"]} | {name: worker[name] for name in names}
+    names = ("attempts", "held", "lent_columns", "running", "waiting", "encoding")
+    owned = worker["total_columns"] - worker["free_columns"]
+    embedded = worker["embedding_columns"] - worker["free_embedding_columns"]
+    return {"owned": owned, "embedded": embedded} | {name: worker[name] for name in names}
 
 
 def busy(seen: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, int]]:

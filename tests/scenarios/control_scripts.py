@@ -8,12 +8,15 @@ Router: workers are called by their ids, the controller `controller`, clients by
     > up d1 / > lost d1 reason                   a link opens, is lost
     > table term=2 p1:prefill d1:decode ...      the controller publishes; optional: max_len= block= (tokens in a block)
                                                  lossy=transform/7@1a2b:0.005 (what all offer but raw, and its KL)
+                                                 images=100 (columns for embeddings, of all that encode or prefill)
     > d1: committed request=1 attempt=2          a worker says something; with gap=1 a sequence number is missing, and
                                                  logprobs=-1,-2 are of so many tokens, each the likeliest
     > submit 1 tokens=1..8 max=4 / > cancel 1 / > stop 1 choice=1 / > reset_cache / > shutdown
                                                  submit 1+2: two alike, of one call
                                                  submit also: n= priority= tenant= logprobs= scores= deadline_ms=
                                                  codec= kl_budget= ttft_slo_ms=
+                                                 images=a@2..5,b@7..8 (keys, and their placeholders' positions)
+                                                 picture=4x2 (the size of each)
     > requests / > workers / > counters          what the router believes
     > transfers                                  of each client that has ended: the transfer that its log line names
 
@@ -24,16 +27,20 @@ Controller: peers are called as they introduce themselves.
     > w1: register info.worker=w1 ...            a message; > again w1#2 worker is a second link of the same sender
 """
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from google.protobuf.message import Message
+
 from control_plane.controller.core import Config as ControllerConfig
 from control_plane.controller.core import ControllerCore
 from control_plane.router.core import Config, RouterCore, StopAdmitting
 from control_plane.router.dispatch.links import CONTROLLER
-from control_plane.router.dispatch.workers import LINK_PREFIX
+from control_plane.router.dispatch.live_request import Stage
+from control_plane.router.dispatch.workers import LINK_PREFIX, Worker
 from control_plane.router.requests import (
     Cancel,
     EndAll,
@@ -43,6 +50,7 @@ from control_plane.router.requests import (
     Stop,
     Submit,
     SubmitAll,
+    SubmittedImage,
     TokensReady,
 )
 from control_plane.wire import session_pb2 as pb
@@ -50,6 +58,7 @@ from control_plane.wire.session import Session, parse_hello_untrusted
 from control_plane.wire.translate import offers_to_wire
 from engine.base.errors import Unavailable
 from engine.base.machine import Close, Dial, LinkLost, LinkUp, Received, Send, Started
+from engine.images import PIXEL_BYTES, Picture, PromptImage, Run
 from engine.types import SamplingParams, TokenLogprobs
 from kv_transfer.codecs import Encoding
 from kv_transfer.offers import LevelCost, Offer
@@ -58,10 +67,13 @@ from tests.scenarios.words import Names, fill, read_numbers, write_envelope, wri
 
 SCHEMA_DIGEST = b"schema of A".ljust(16)
 OTHER_SCHEMA_DIGEST = b"schema of B".ljust(16)
+EMBEDDING_DIGESTS = {SCHEMA_DIGEST: b"embeddings of A".ljust(16), OTHER_SCHEMA_DIGEST: b"embeddings of B".ljust(16)}
+NUMBERS_OF_CLUSTER = ("block", "lossy", "images")
 
 
 def names() -> Names:
-    return Names(A=SCHEMA_DIGEST, B=OTHER_SCHEMA_DIGEST)
+    of_a, of_b = EMBEDDING_DIGESTS.values()
+    return Names(A=SCHEMA_DIGEST, B=OTHER_SCHEMA_DIGEST, AE=of_a, BE=of_b)
 
 
 def write_hello(introduction: bytes) -> str:
@@ -81,14 +93,14 @@ class RouterScript(Script):
     # -- commands ------------------------------------------------------------------------------------------------------
     def do_router(self, words: Words) -> list[str]:
         readers = {"codec": str, "kl_budget": float}
-        options = {key: readers.get(key, int)(v) for key, v in words.keyed.items() if key not in ("block", "lossy")}
-        self.machine = RouterCore(Config(router_id="r1", controller_address="controller:50051", **options))  # type: ignore[arg-type]
+        options = {key: readers.get(key, int)(v) for key, v in words.keyed.items() if key not in NUMBERS_OF_CLUSTER}
+        self.machine = RouterCore(Config(router_id="r1", controller_address="controller:50051", **options))
         return self.step(Started())
 
     def do_cluster(self, words: Words) -> list[str]:
         self.do_router(Words([], words.keyed))
         self.do_up(Words([CONTROLLER]))
-        self.do_table(Words(words.plain, {"term": "1"} | _only(words.keyed, "block", "lossy")))
+        self.do_table(Words(words.plain, {"term": "1"} | _only(words.keyed, *NUMBERS_OF_CLUSTER)))
         for worker_id, roles, _ in map(_worker, words.plain):
             self.do_up(Words([worker_id]))
             self.said(
@@ -109,6 +121,7 @@ class RouterScript(Script):
         table = pb.WorkerTable(term=int(words.keyed["term"]))
         for worker_id, roles, model in map(_worker, words.plain):
             digest = OTHER_SCHEMA_DIGEST if model == "B" else SCHEMA_DIGEST
+            columns = int(words.keyed.get("images", 0)) if {"encode", "prefill"} & set(roles.split(",")) else 0
             table.workers.add(
                 worker=worker_id,
                 name=worker_id,
@@ -120,6 +133,8 @@ class RouterScript(Script):
                 block_size_tokens=int(words.keyed.get("block", 0)),
                 total_columns=100,
                 max_model_len=int(words.keyed.get("max_len", 0)),
+                embedding_digest=EMBEDDING_DIGESTS[digest] if columns else b"",
+                embedding_columns=columns,
                 offers=offers_to_wire([Offer("raw"), *map(_offer, filter(None, [words.keyed.get("lossy")]))]),
             )
         return self._receive(CONTROLLER, pb.ControllerToRouter(table=table))
@@ -143,7 +158,7 @@ class RouterScript(Script):
         return self.step(Received(link, self.peers[link].seal(envelope)))
 
     def do_submit(self, words: Words) -> list[str]:
-        texts = ("tokens", "tenant", "codec", "kl_budget")
+        texts = ("tokens", "tenant", "codec", "kl_budget", "images", "picture")
         asked = {key: int(value) for key, value in words.keyed.items() if key not in texts}
         sampling = SamplingParams(
             temperature=0.0,
@@ -163,8 +178,18 @@ class RouterScript(Script):
             priority=asked.get("priority", 0),
             codec=words.keyed.get("codec", ""),
             kl_budget=float(words.keyed["kl_budget"]) if "kl_budget" in words.keyed else None,
+            images=self._images(words.keyed.get("images", ""), words.keyed.get("picture", "4x2")),
         )
         return self.step(SubmitAll((submit, *(replace(submit, key=key) for key in others))) if others else submit)
+
+    def _images(self, text: str, size: str) -> tuple[SubmittedImage, ...]:
+        width, height = map(int, size.split("x"))
+        picture = Picture(width, height, bytes(width * height * PIXEL_BYTES))
+        pairs = (item.split("@") for item in re.findall(r"\w+@[\d.,]*\d", text))
+        return tuple(
+            SubmittedImage(PromptImage(key=self.names.read(key), runs=_runs(read_numbers(positions))), picture)
+            for key, positions in pairs
+        )
 
     def do_cancel(self, words: Words) -> list[str]:
         return self.step(Cancel(int(words.plain[0])))
@@ -187,7 +212,7 @@ class RouterScript(Script):
     def do_workers(self, _: Words) -> list[str]:
         return [
             f"{worker.id} {worker.info.state} {','.join(worker.info.roles)} connected={worker.session is not None}"
-            f" prefill_tokens={worker.prefill_tokens} bound={worker.bound}"
+            f" prefill_tokens={worker.prefill_tokens} bound={worker.bound}{_show_images(worker)}"
             for worker in self.machine.pool
         ]
 
@@ -206,6 +231,11 @@ class RouterScript(Script):
             for name, place in (("source", request.source), ("target", request.target))
             if place is not None
         ]
+        places += [
+            f"image{each.index}={each.place.worker}/{each.place.attempt}{' encoded' if each.encoded else ''}"
+            for each in request.images
+            if each.place is not None
+        ]
         several = request.submit.choices > 1
         words = [str(request.submit.key)]
         words += [f"choice={','.join(map(str, request.choices))}"] if several else []
@@ -220,7 +250,7 @@ class RouterScript(Script):
                 return f"dial {_name(link)} at {address} as {write_hello(introduction)}"
             case Send(link, message):
                 kind = pb.RouterToController if link == CONTROLLER else pb.RouterToWorker
-                return f"{_name(link)} <- {write_envelope(self.peers[link].open_untrusted(kind, message), self.names)}"
+                return f"{_name(link)} <- {self._write(self.peers[link].open_untrusted(kind, message))}"
             case Close(link, reason):
                 return f"close {_name(link)}: {reason}"
             case TokensReady():
@@ -231,6 +261,13 @@ class RouterScript(Script):
             case Ended():
                 return self._show_ended(action)
         raise AssertionError(f"no words for {action!r}")
+
+    def _write(self, envelope: Message) -> str:
+        if not (isinstance(envelope, pb.RouterToWorker) and envelope.WhichOneof("body") == "pixels"):
+            return write_envelope(envelope, self.names)
+        piece = envelope.pixels
+        end = piece.offset + len(piece.data)
+        return f"pixels request={piece.request} attempt={piece.attempt} bytes=[{piece.offset},{end})"
 
     def _show_tokens(self, ready: TokensReady) -> str:
         assert ready.key not in self.ended, "a token after the ending"
@@ -248,6 +285,8 @@ class RouterScript(Script):
             reused = f" cached={stats.cached_tokens}" if stats.cached_tokens else ""
             reused += f" skipped={stats.skipped_tokens}" if stats.skipped_tokens else ""
             reused += f" {stats.codec}/{stats.level}" if stats.level else ""
+            reused += f" encoded at {','.join(stats.encode_workers)}" if stats.encode_workers else ""
+            reused += f" image_tokens={stats.image_tokens} hits={stats.image_hits}" if stats.image_tokens else ""
             return f"client {ended.key} <- ended {ended.finish} attempts={stats.attempts}{reused}"
         retry = f" (retry after {ended.error.retry_after_ms} ms)" if ended.error.retry_after_ms else ""
         return f"client {ended.key} <- ended {ended.error.status}: {ended.error.message}{retry}"
@@ -259,10 +298,38 @@ class RouterScript(Script):
             bound = sum(r.target is not None and r.target.worker == worker.id for r in requests)
             prefill = sum(r.prefill_load_tokens for r in requests if r.source and r.source.worker == worker.id)
             assert (worker.bound, worker.prefill_tokens) == (bound, prefill), f"{worker.id}: load is off"
+            self._check_images(worker)
+        lines = [len(line.queue) for line in self.machine._lines]
+        in_line = [sum(r.in_line and r.stage is stage for r in requests) for stage in (Stage.ENCODING, Stage.QUEUED)]
+        assert lines == in_line, f"{lines} wait in lines, but {in_line} believe so"
         held = Counter[str]()
         for request in requests:
             held[request.submit.tenant] += request.decode_tokens
         assert self.machine._holders.decode_memory.shares._held == +held, "decode memory is off"
+
+    def _check_images(self, worker: Worker) -> None:
+        here = [i for i in self.machine._register.images.values() if i.place and i.place.worker == worker.id]
+        columns = sum(worker.columns_for(each.image.features) for each in here)
+        ahead = sum(each.image.features for each in here if not each.encoded)
+        load = worker.images
+        assert (load.held_columns, load.ahead_tokens) == (columns, ahead), f"{worker.id}: load of images is off"
+        assert load.held.keys() == {each.id for each in here}
+
+
+def _show_images(worker: Worker) -> str:
+    load = worker.images
+    return f" image_tokens={load.ahead_tokens} embedding_columns={load.held_columns}" if worker.sees else ""
+
+
+def _runs(positions: Sequence[int]) -> tuple[Run, ...]:
+    """Positions in a row are one run."""
+    runs: list[Run] = []
+    for position in positions:
+        if runs and position == sum(runs[-1]):
+            runs[-1] = Run(runs[-1].token_start, runs[-1].tokens + 1)
+        else:
+            runs.append(Run(position, 1))
+    return tuple(runs)
 
 
 def _only(keyed: dict[str, str], *names: str) -> dict[str, str]:

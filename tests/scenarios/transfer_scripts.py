@@ -18,10 +18,11 @@ Target:
     > p1: data T1/0 layers=[0,4) tokens=[0,8)  optional: epoch= schema= codec= level= tables= heads=
                                                damaged=<field or payload>
     > p1: end T1/1 tokens=100 frames=1         with the digest of all frames so far; of=0,1: of these; digest=wrong;
-                                               codec=int8 level= tables=: what the KV has come through
-
-Branches are written `tokens=100|101`; one that is empty, because its choice is over, `100||102`.
+                                               codec=int8 level= tables=: what the KV has come through; delta=
     > lost p1
+
+Branches are written `tokens=100|101`; one that is empty, because its choice is over, `100||102`; none at all, `none`.
+`schema=A` is that of KV, and goes without saying; `schema=E` is that of embeddings: one layer, a row for a token.
 """
 
 from collections import Counter
@@ -34,7 +35,9 @@ import numpy as np
 from engine import commands
 from engine.base.machine import Command, JobDone, Run, Send
 from engine.executors.oracle import oracle_schema
-from engine.kv.arena import Arena
+from engine.images import PlacedImage, PromptImage
+from engine.kv.arena import Arena, Arenas
+from engine.kv.schema import CacheSchema, Stream
 from kv_transfer import frame as frames
 from kv_transfer.codecs import CodecSet, Encoding
 from kv_transfer.custody import Custody
@@ -43,16 +46,39 @@ from kv_transfer.jobs import EncodeJob
 from kv_transfer.source import Binding, Delivered, DeliveryFailed, Source
 from kv_transfer.target import ArrivalFailed, Arrived, Target
 from tests.scenarios.runner import Script, Words
-from tests.scenarios.words import Names, read_numbers, read_range, write_frame, write_numbers
+from tests.scenarios.words import (
+    Names,
+    read_branches,
+    read_numbers,
+    read_range,
+    write_branches,
+    write_frame,
+    write_numbers,
+)
 
 COLUMNS = 16
 BLOCK_SIZE = 4
 VOCAB_SIZE = 1_000
+EMBEDDINGS = CacheSchema(
+    "oracle",
+    (
+        Stream(
+            name="image",
+            layers=1,
+            heads=1,
+            parts=1,
+            head_dim=4,
+            dtype="float32",
+            position_encoding="none",
+            role="embedding",
+        ),
+    ),
+)
 BYTE_OF = {"transfer": 16, "sequence": 40, "layers": 80, "tokens": 96, "payload": -1}  # to damage
 
 
-def filled_arena(seed: int) -> Arena:
-    arena = Arena(oracle_schema(), columns=COLUMNS, block_size=BLOCK_SIZE)
+def filled_arena(seed: int, schema: CacheSchema) -> Arena:
+    arena = Arena(schema, columns=COLUMNS, block_size=BLOCK_SIZE)
     arena.array[:] = np.random.default_rng(seed).integers(0, 256, arena.array.shape, np.uint8)
     return arena
 
@@ -63,14 +89,16 @@ class TransferScript(Script):
     def __init__(self) -> None:
         super().__init__()
         self.schema = oracle_schema()
-        self.names = Names(A=self.schema.digest)
+        self.names = Names(A=self.schema.digest, E=EMBEDDINGS.digest)
         self.codecs = CodecSet(self.schema.kv)
-        self.arena = filled_arena(seed=1)
+        self.arena = filled_arena(1, self.schema)
+        self.memory = Arenas(self.arena, filled_arena(1, EMBEDDINGS))
         self.custody = Custody()
         self.counters: Counter[str] = Counter()
         self.jobs: dict[int, Run] = {}
         self.sealed: dict[bytes, dict[int, int]] = {}  # transfer -> sequence -> checksum, of the peers' DATA frames
-        self._peers_arena = filled_arena(seed=2)
+        self._peers_arena = filled_arena(2, self.schema)
+        self._peers_memory = Arenas(self._peers_arena, filled_arena(2, EMBEDDINGS))
 
     # -- commands ------------------------------------------------------------------------------------------------------
     def job_done(self, words: Words) -> JobDone:
@@ -79,7 +107,7 @@ class TransferScript(Script):
         if "error" in words.plain:
             return JobDone(key, error=RuntimeError("as the script says"))
         try:
-            return JobDone(key, result=job.run(self.arena))
+            return JobDone(key, result=job.run(self.memory))
         except Exception as error:  # what a codec thread does with it
             return JobDone(key, error=error)
 
@@ -133,9 +161,11 @@ class TransferScript(Script):
         return frames.seal(header, [])
 
     def _data(self, header: FrameHeader, words: Words) -> bytes:
-        """With a codec other than raw only the name is another: nobody may look at the payload."""
+        """With a codec other than raw, or a schema that nobody has, only the name is another: nobody may look at the
+        payload."""
+        arena = self._peers_memory.of(EMBEDDINGS.digest if words.keyed.get("schema") == "E" else self.schema.digest)
         layers, tokens = read_range(words.keyed["layers"]), read_range(words.keyed["tokens"])
-        heads = read_range(words.keyed.get("heads", f"[0,{self.schema.kv.heads})"))
+        heads = read_range(words.keyed.get("heads", f"[0,{arena.schema.kv.heads})"))
         header = replace(
             header,
             layer_start=layers[0],
@@ -145,11 +175,9 @@ class TransferScript(Script):
             head_start=heads[0],
             head_end=heads[1],
         )
-        encode = EncodeJob(
-            header=replace(header, codec="raw", tables=0), table=tuple(range(COLUMNS)), codecs=self.codecs
-        )
-        data = encode.run(self._peers_arena)
-        if header.codec != "raw":
+        honest = replace(header, codec="raw", tables=0, schema_digest=arena.schema.digest)
+        data = EncodeJob(header=honest, table=tuple(range(COLUMNS)), codecs=self.codecs).run(arena)
+        if header != honest:
             header = replace(header, raw_bytes=frames.parse_header_untrusted(data).raw_bytes)
             data = frames.seal(header, [frames.payload_of(data)])
         self.sealed.setdefault(header.transfer_id, {})[header.sequence] = frames.checksum_of(data)
@@ -160,9 +188,11 @@ class TransferScript(Script):
         digest = 0
         for sequence in read_numbers(words.keyed["of"]) if "of" in words.keyed else sealed:
             digest = frames.combine(digest, sealed[sequence])
-        branches = tuple(read_numbers(branch) for branch in words.keyed["tokens"].split("|"))
+        branches = read_branches(words.keyed["tokens"])
+        delta = int(words.keyed.get("delta", 0))
         wrong = "digest" in words.keyed
-        return frames.serialize_end(End(branches=branches, frames=int(words.keyed["frames"]), digest=digest ^ wrong))
+        count = int(words.keyed["frames"])
+        return frames.serialize_end(End(branches=branches, frames=count, digest=digest ^ wrong, rope_delta=delta))
 
     # -- actions -------------------------------------------------------------------------------------------------------
     def show(self, action: Any) -> str | None:
@@ -179,7 +209,7 @@ class TransferScript(Script):
             case DeliveryFailed():
                 return f"delivery failed {action.seq_id} attempt={action.target_attempt} {action.reason}"
             case Arrived():
-                tokens = "|".join(map(write_numbers, action.branches))
+                tokens = write_branches(action.branches)
                 return (
                     f"arrived {action.seq_id} tokens={tokens} codec={action.encoding.codec} raw={action.bytes_raw}"
                     f" wire={action.bytes_wire} us={action.transfer_us}"
@@ -198,6 +228,14 @@ class TransferScript(Script):
 def show_command(command: Any) -> str:
     """What the engine is told. A branch is its sequence, choice and token."""
     match command:
+        case commands.AddEncode():
+            return f"encode {command.seq_id} key={_key(command.key)} features={command.features}"
+        case commands.EncodePixels(seq_id=seq_id, picture=picture):
+            return f"pixels {seq_id} {picture.width}x{picture.height}"
+        case commands.ReserveEmbeddings(wishes=wishes):
+            return " ".join(["reserve_embeddings", *(f"{w.seq_id}:{_key(w.key)}:{w.features}" for w in wishes)])
+        case commands.EmbeddingArrived():
+            return f"embedding_arrived {command.seq_id}"
         case commands.AddPrefill():
             work = f"tokens={len(command.token_ids)} prompt={command.prompt_tokens}"
             return " ".join([f"prefill {command.seq_id} {work}", *_unusual(command, choices=(0,))])
@@ -207,7 +245,8 @@ def show_command(command: Any) -> str:
         case commands.Activate():
             work = f"tokens={write_numbers(command.token_ids)} prompt={command.prompt_tokens}"
             branches = [f"{branch.seq_id}:{branch.choice}:{branch.token_id}" for branch in command.branches]
-            return f"activate {command.seq_id} {work} branches={','.join(branches)}"
+            delta = [f"delta={command.rope_delta}"] if command.rope_delta else []
+            return " ".join([f"activate {command.seq_id} {work} branches={','.join(branches)}", *delta])
         case commands.MarkBound():
             return f"bound {command.seq_id}"
         case commands.DecodeHere():
@@ -225,7 +264,23 @@ def _unusual(command: Any, **usual: tuple[int, ...]) -> list[str]:
     """What is not said when it is as nearly always."""
     lists = [(name, getattr(command, name)) for name, value in usual.items() if getattr(command, name) != value]
     texts = [(name, getattr(command, name, None)) for name in ("tenant", "identity", "priority")]
-    return [f"{name}={write_numbers(value)}" for name, value in lists] + [f"{n}={text}" for n, text in texts if text]
+    images = [_image(image) for image in getattr(command, "images", ())]
+    return [
+        *(f"{name}={write_numbers(value)}" for name, value in lists),
+        *(f"{name}={text}" for name, text in texts if text),
+        *([f"images={';'.join(images)}"] if images else []),
+    ]
+
+
+def _image(image: PlacedImage | PromptImage) -> str:
+    """ "K1", and where it is if it is somewhere: "K1@0,1" """
+    if isinstance(image, PromptImage):
+        return _key(image.key)
+    return f"{_key(image.image.key)}@{write_numbers(image.table)}"
+
+
+def _key(key: bytes) -> str:
+    return key.rstrip(b".").decode()
 
 
 class SourceScript(TransferScript):
@@ -253,8 +308,8 @@ class SourceScript(TransferScript):
         return self.shown(self.machine.computed(int(words.plain[0]), layers, tokens, self.now_us))
 
     def do_complete(self, words: Words) -> list[str]:
-        branches = tuple(map(read_numbers, words.keyed["tokens"].split("|")))
-        return self.shown(self.machine.complete(int(words.plain[0]), branches, self.now_us))
+        branches, delta = read_branches(words.keyed["tokens"]), int(words.keyed.get("delta", 0))
+        return self.shown(self.machine.complete(int(words.plain[0]), branches, self.now_us, rope_delta=delta))
 
     def do_bind(self, words: Words) -> list[str]:
         binding = Binding(

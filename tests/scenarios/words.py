@@ -40,6 +40,15 @@ def read_numbers(text: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
+def write_branches(branches: Iterable[Iterable[int]]) -> str:
+    return "|".join(map(write_numbers, branches)) if branches else "none"
+
+
+def read_branches(text: str) -> tuple[tuple[int, ...], ...]:
+    """Those of END: "100|101", "100||102", "none" """
+    return () if text == "none" else tuple(map(read_numbers, text.split("|")))
+
+
 def read_range(text: str) -> tuple[int, int]:
     """ "[0,4)" -> (0, 4)"""
     start, end = text.strip("[)").split(",")
@@ -97,7 +106,7 @@ def _write_value(descriptor: FieldDescriptor, value: Any, names: Names) -> str:
     if descriptor.name == "finishes":
         return ",".join(map(str, value))
     if descriptor.type == FieldDescriptor.TYPE_BYTES:
-        return names.write(value)
+        return ",".join(map(names.write, value)) if descriptor.is_repeated else names.write(value)
     if descriptor.enum_type:
         known = descriptor.enum_type.values_by_number.get(value)
         return known.name if known else str(value)
@@ -140,7 +149,7 @@ def _reader(descriptor: FieldDescriptor, names: Names) -> Callable[[str], Any]:
     if descriptor.name == "finishes":
         return lambda text: bytes(map(int, text.split(",")))
     if descriptor.type == FieldDescriptor.TYPE_BYTES:
-        return names.read
+        return (lambda text: map(names.read, text.split(","))) if descriptor.is_repeated else names.read
     if descriptor.enum_type:
         numbers = descriptor.enum_type.values_by_name
         return lambda text: numbers[text].number if text in numbers else int(text)
@@ -160,6 +169,8 @@ def write_frame(data: bytes, names: Names) -> str:
     words = [header.kind.name.lower(), f"{names.write(header.transfer_id)}/{header.sequence}"]
     if header.epoch != 1:
         words.append(f"epoch={header.epoch}")
+    if (schema := names.write(header.schema_digest)) != "A":
+        words.append(f"schema={schema}")
     if header.kind is FrameKind.DATA:
         words += [
             f"layers=[{header.layer_start},{header.layer_end})",
@@ -168,7 +179,8 @@ def write_frame(data: bytes, names: Names) -> str:
         words += _write_encoding(header.encoding)
     if header.kind is FrameKind.END:
         end = frames.parse_end_untrusted(frames.payload_of(data))
-        words += [f"tokens={'|'.join(map(write_numbers, end.branches))}", f"frames={end.frames}"]
+        words += [f"tokens={write_branches(end.branches)}", f"frames={end.frames}"]
+        words += [f"delta={end.rope_delta}"] if end.rope_delta else []
         words += _write_encoding(header.encoding) if header.codec != "raw" else []
     if header.kind is FrameKind.REFUSED:
         words.append(frames.parse_refusal_untrusted(frames.payload_of(data)).name.lower())

@@ -2,7 +2,7 @@
 
 Links are called `controller`, `bulk/d2` (we send KV there), and by their senders when they come in: `r1`, `p2`.
 
-    > worker roles=decode,prefill               starts the machine; optional: growth=
+    > worker roles=decode,prefill               starts the machine; optional: growth=, sees=1 for a model that does
     > up controller / > up bulk/d2              a link that the worker dialled is open
     > up r1 router / > up p2 source             somebody dials the worker; optional: version= garbage=1
     > lost r1
@@ -11,12 +11,18 @@ Links are called `controller`, `bulk/d2` (we send KV there), and by their sender
     > p2: data T1/0 ... / > bulk/d2: ack T1/0   frames, as in `transfer_scripts`
     > controller: welcome term=1
     > engine: admitted 1 columns=0,1 context=8  what the engine reports; also computed, prefilled, scored, reserved,
-                                                paused, tokens 1@0=100 2@3=107/stop, failed
+                                                paused (with images delta=), tokens 1@0=100 2@3=107/stop, failed
+    > engine: pixels_needed 1 / > engine: encoded 1 columns=0 (or `cached`)
+    > engine: embeddings 2:0,1 3:4/cached       memory for a prompt's images: sequence, columns, and whether it is here
 
-The tokens of `prefilled` are written `tokens=0:100,2:101/stop`: choice, token, and why it is over.
+Images of a prompt are said as `images=K1:2:4:2:2,K2:6:1`: key, first placeholder, placeholders, grid. What `pixels`
+carry is said in bytes: `data=12`. The tokens of `prefilled` are written `tokens=0:100,2:101/stop`: choice, token, and
+why it is over.
+
     > drain 10000ms / > done 1 / > counters / > custody / > held
 """
 
+import re
 from random import Random
 from typing import Any
 
@@ -30,7 +36,7 @@ from engine.base.machine import Close, Dial, EngineEvents, LinkLost, LinkUp, Rec
 from engine.types import FinishReason, Role, SamplingParams, TokenLogprobs
 from tests.scenarios.control_scripts import write_hello
 from tests.scenarios.runner import Words, milliseconds
-from tests.scenarios.transfer_scripts import BLOCK_SIZE, COLUMNS, VOCAB_SIZE, TransferScript
+from tests.scenarios.transfer_scripts import BLOCK_SIZE, COLUMNS, EMBEDDINGS, VOCAB_SIZE, TransferScript
 from tests.scenarios.words import fill, read_numbers, read_range, write_envelope
 
 KINDS = {
@@ -63,6 +69,8 @@ class WorkerScript(TransferScript):
             block_size=BLOCK_SIZE,
             columns=COLUMNS,
             growth_tokens=int(words.keyed.get("growth", 4)),
+            embedding_schema=EMBEDDINGS if "sees" in words.keyed else None,
+            embedding_columns=COLUMNS if "sees" in words.keyed else 0,
         )
         self.machine = WorkerCore(config, random=Random(1))
         self.custody, self.counters = self.machine.custody, self.machine.counters
@@ -105,6 +113,8 @@ class WorkerScript(TransferScript):
         fields = dict(words.keyed)
         for _ in range(int(fields.pop("gap", 0))):
             self.sessions[speaker].seal(pb.RouterToWorker())  # sealed and never sent
+        if "pixels" in words.plain:
+            envelope.pixels.data = bytes(int(fields.pop("data")))
         for body in words.plain:
             getattr(envelope, body).SetInParent()
             if body in ("prefill", "reserve"):
@@ -129,8 +139,11 @@ class WorkerScript(TransferScript):
         return super().show(action)
 
     def check(self) -> None:
-        """Whoever has an attempt has custody of its units, and nobody else has, but for jobs that still run."""
-        attempts = set(self.machine._attempts._by_sequence)
+        """Whoever has an attempt has custody of its units and gathers its images', and nobody else has, but for jobs
+        that still run."""
+        gathering = self.machine._prefill._images
+        images = set(gathering._by_image) if gathering is not None else set()
+        attempts = set(self.machine._attempts._by_sequence) | images
         holdings = self.machine.custody._holdings
         assert attempts == {seq_id for seq_id, holding in holdings.items() if not holding.ended}, "attempts and custody"
         assert all(holding.jobs for holding in holdings.values() if holding.ended), "held by nobody"
@@ -147,7 +160,7 @@ def _name(link: str) -> str:
 def _engine_event(words: Words) -> Any:
     kind, *rest = words.plain
     keyed = words.keyed
-    seq_id = int(rest[0].split(",")[0]) if rest else 0
+    seq_id = int(re.split("[,:]", rest[0])[0]) if rest else 0
     columns = read_numbers(keyed["columns"]) if "columns" in keyed else None
     match kind:
         case "admitted":
@@ -179,15 +192,31 @@ def _engine_event(words: Words) -> Any:
         case "tokens":
             return commands.TokensSampled(tokens=tuple(_token(*item) for item in keyed.items()))
         case "paused":
-            token_ids = read_numbers(keyed["tokens"])
             return commands.Paused(
-                seq_id=seq_id, token_ids=token_ids, block_table=columns or (), preempted="preempted" in rest
+                seq_id=seq_id,
+                token_ids=read_numbers(keyed["tokens"]),
+                block_table=columns or (),
+                preempted="preempted" in rest,
+                rope_delta=int(keyed.get("delta", 0)),
             )
         case "failed":
             return commands.StepFailed(seq_ids=read_numbers(rest[0]), reason=keyed.get("reason", "step_raised"))
+        case "pixels_needed":
+            return commands.PixelsNeeded(seq_id=seq_id)
+        case "encoded":
+            return commands.Encoded(seq_id=seq_id, block_table=columns or (), cached="cached" in rest)
+        case "embeddings":
+            return commands.EmbeddingsReserved(grants=tuple(map(_grant, rest)))
         case "load":
             return commands.EngineLoad(**{name: int(value) for name, value in keyed.items()})  # type: ignore[arg-type]
     raise AssertionError(f"not an engine event: {kind}")
+
+
+def _grant(item: str) -> commands.EmbeddingGrant:
+    """ "2:0,1", "3:4/cached" """
+    seq_id, _, where = item.partition(":")
+    columns, _, cached = where.partition("/")
+    return commands.EmbeddingGrant(int(seq_id), read_numbers(columns), cached == "cached")
 
 
 def _first_token(seq_id: int, position: int, item: str) -> commands.SampledToken:

@@ -22,7 +22,7 @@ from engine.base.virtual_host import VirtualWorld
 from kv_transfer.codecs import CodecSet
 from kv_transfer.transports.memory import MemoryNetwork, MemoryTransport
 from tests.sim.history import Violation
-from tests.sim.processes import Core, Process, Shape, WorkerEngine
+from tests.sim.processes import Core, EngineParts, Process, Shape
 from tests.sim.weather import Weather
 
 CONTROLLER = "controller"
@@ -112,7 +112,7 @@ class VirtualCluster:
         identity = self._mint_identity(name)
         core = self._build_core(name, identity)
         worker = self._shapes.get(name)
-        engine = WorkerEngine(self.world, transport.process, self.shape, worker) if worker else None
+        engine = EngineParts(self.world, transport.process, self.shape, worker) if worker else None
         self._running[name] = Process(
             self.world,
             name,
@@ -151,6 +151,8 @@ class VirtualCluster:
             block_size=self.shape.block_size,
             columns=worker.columns,
             growth_tokens=self.shape.growth_tokens,
+            embedding_schema=oracle.embedding_schema if self.shape.sees else None,
+            embedding_columns=worker.embedding_columns,
         )
         return WorkerCore(config, random=Random(f"transfer ids of {identity}"), failpoint=partial(self._hit, name))
 
@@ -209,14 +211,17 @@ class VirtualCluster:
 
     def _check_router_quiet(self, router: RouterCore) -> None:
         """It has forgotten every request and every dead worker, and knows the living ones."""
-        held = (router.in_flight, len(router._register.requests), len(router._queue))
+        lines = [line.queue for line in router._lines]
+        held = (router.in_flight, len(router._register.requests), len(router._register.images), sum(map(len, lines)))
         if any(held):
-            raise Violation(f"I7: a router of (submissions, requests at workers, queued requests) {held}")
-        shares = (router._admission.choices, router._queue.shares, router._holders.decode_memory.shares)
+            raise Violation(f"I7: a router of (submissions, requests at workers, images, queued requests) {held}")
+        shares = (router._admission.choices, router._holders.decode_memory.shares, *(line.shares for line in lines))
         if any(share.total or share._held for share in shares):
             raise Violation(f"I7: shares that nobody gave back: {[share._held for share in shares]}")
-        busy = {worker.info.name: (worker.bound, worker.prefill_tokens) for worker in router.pool}
-        listed = [worker for worker in router.pool if worker.backlog.prompts or worker.urgent.prompts]
+        busy = {
+            w.info.name: (w.bound, w.prefill_tokens, w.images.ahead_tokens, w.images.held_columns) for w in router.pool
+        }
+        listed = [w for w in router.pool if w.backlog.prompts or w.urgent.prompts or w.images.ahead or w.images.held]
         if listed or any(any(load) for load in busy.values()):
             raise Violation(f"I7: an idle router believes that workers are busy: {busy}")
         known = [(view.id, view.state, view.connected) for view in router.workers()]

@@ -5,7 +5,7 @@ that moment, and with a worker of each role alive again, every request must end 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
 from random import Random
@@ -106,6 +106,21 @@ def draw_shape(random: Random) -> Shape:
         bytes_per_second=random.choice((None, 200_000)),
         job_us=random.choice((50, 2_000, 15_000)),
     )
+
+
+def with_sight(random: Random, shape: Shape) -> Shape:
+    """The same workers, of a model that sees: with some encode workers beside them, or with none; one that does all
+    else may encode, too. Memory for embeddings is from hardly enough for the images of one prompt to roomy."""
+    sighted: list[WorkerShape] = []
+    for worker in shape.workers:
+        columns = random.choice((20, 24, 60)) if Role.PREFILL in worker.roles else 0
+        everything = len(worker.roles) > 1 and random.random() < 0.3
+        roles = worker.roles | {Role.ENCODE} if everything else worker.roles
+        sighted.append(replace(worker, roles=roles, embedding_columns=columns))
+    for index in range(random.choice((0, 1, 1, 2))):
+        roles = frozenset({Role.ENCODE})
+        sighted.append(WorkerShape(name=f"e{index}", roles=roles, embedding_columns=random.choice((10, 12, 40))))
+    return replace(shape, workers=tuple(sighted), image_us=random.choice((1_000, 20_000, 200_000)))
 
 
 def draw_router_options(random: Random) -> dict[str, int]:

@@ -4,7 +4,7 @@ I1  one ending for each accepted request, nothing after it, and an ending that f
 I2  tokens of each choice are a prefix of the one right sequence, with the right log-probabilities; all of it where it
     says "finished". Scores of the prompt are right, and complete before the first token
 I4  the same prompt of two tenants has different tokens (the oracle mixes the tenant in), so a block that was
-    reused across tenants shows up under I2
+    reused across tenants shows up under I2. An image's embedding is cached for the tenant that has shown it
 """
 
 from collections import Counter
@@ -16,7 +16,8 @@ from typing import Any
 from control_plane.router.requests import Ended, PromptScored, Submit, TokensReady
 from engine.base.errors import Status
 from engine.commands import Sampled
-from engine.executors.oracle import OracleExecutor, reference_output, reference_prompt_logprobs
+from engine.executors.oracle import OracleExecutor, SeenImage, reference_output, reference_prompt_logprobs
+from engine.images import Picture
 from engine.types import FinishReason, SamplingParams, TokenLogprobs
 
 LATE_US = 10_000_000  # how much later than its deadline a request may end: a router that is frozen is late
@@ -130,13 +131,16 @@ class History:
             if call.ended is not None:
                 self._check_ending(call, call.ended)
         self._check_tenants()
+        self._check_pictures()
 
     def _check_scores(self, call: Call) -> None:
         top = call.submit.sampling.prompt_logprobs
         if top is None:
             right: tuple[TokenLogprobs, ...] = ()
         else:
-            right = reference_prompt_logprobs(call.submit.token_ids, call.submit.tenant, top, self._oracle)
+            right = reference_prompt_logprobs(
+                call.submit.token_ids, call.submit.tenant, top, self._oracle, _seen(call.submit)
+            )
         scores = tuple(call.scores)
         if scores != right[: len(scores)]:
             raise Violation(f"I2: wrong scores for {call.describe()}: {scores}, not {right}")
@@ -179,11 +183,23 @@ class History:
         """Else the oracle would be blind to what I4 forbids."""
         by_prompt: dict[tuple[Any, ...], dict[str, tuple[int, ...]]] = {}
         for call in self.calls.values():
-            key = (call.submit.token_ids, call.submit.sampling)
+            key = (call.submit.token_ids, call.submit.sampling, tuple(each.picture for each in call.submit.images))
             by_prompt.setdefault(key, {})[call.submit.tenant] = expected(call.submit, self._oracle)[0]
         for outputs in by_prompt.values():
             if min(map(len, outputs.values())) >= 3 and len(set(outputs.values())) < len(outputs):
                 raise Violation("I4: two tenants' outputs are equal: the oracle does not see the tenant")
+
+    def _check_pictures(self) -> None:
+        """A hit is of a picture that the same tenant has shown: in another request before this one's end, or twice."""
+        for call in self.calls.values():
+            if call.ended is None or not call.ended.stats.image_hits:
+                continue
+            others = (each for each in self.calls.values() if each is not call and each.invoked_us <= call.ended_us)
+            shown = {sight for other in others for sight in _sights(other.submit)}
+            own = _sights(call.submit)
+            known = sum(sight in shown or sight in own[:index] for index, sight in enumerate(own))
+            if (hits := call.ended.stats.image_hits) > known:
+                raise Violation(f"I4: {hits} images were cached for {call.describe()}, of which {known} were shown")
 
     # -- figures -------------------------------------------------------------------------------------------------------
     def figures(self) -> Counter[str]:
@@ -195,6 +211,8 @@ class History:
             figures["prompt tokens cached"] += call.ended.stats.cached_tokens if call.ended is not None else 0
             figures["prompt tokens skipped"] += call.ended.stats.skipped_tokens if call.ended is not None else 0
             figures[f"ended {_outcome(call.ended)}"] += 1
+            figures["images"] += len(call.submit.images)
+            figures["images cached"] += call.ended.stats.image_hits if call.ended is not None else 0
             figures["placements lost"] += max(0, call.ended.stats.attempts - 1) if call.ended is not None else 0
         return figures
 
@@ -217,14 +235,28 @@ def expected_output(
     """The reference, cut behind the first stop token. Poison has none."""
     if oracle.poison_token in submit.token_ids:
         return (), FinishReason.LENGTH
-    return _expected(submit.token_ids, submit.tenant, submit.sampling, choice, oracle)
+    return _expected(submit.token_ids, submit.tenant, submit.sampling, choice, oracle, _seen(submit))
+
+
+def _sights(submit: Submit) -> list[tuple[str, Picture, int, tuple[int, int]]]:
+    images = ((each.picture, each.image) for each in submit.images)
+    return [(submit.cache_scope, picture, image.features, image.grid) for picture, image in images]
+
+
+def _seen(submit: Submit) -> tuple[SeenImage, ...]:
+    return tuple((each.image, each.picture) for each in submit.images)
 
 
 @lru_cache(maxsize=1024)
 def _expected(
-    prompt: Sequence[int], tenant: str, sampling: SamplingParams, choice: int, oracle: OracleExecutor.Config
+    prompt: Sequence[int],
+    tenant: str,
+    sampling: SamplingParams,
+    choice: int,
+    oracle: OracleExecutor.Config,
+    images: Sequence[SeenImage],
 ) -> tuple[tuple[Sampled, ...], FinishReason]:
-    picks = reference_output(prompt, tenant, sampling, sampling.max_tokens, oracle, choice)
+    picks = reference_output(prompt, tenant, sampling, sampling.max_tokens, oracle, choice, images)
     for index, pick in enumerate(picks):
         if pick.token_id in sampling.stop_token_ids:
             return picks[: index + 1], FinishReason.STOP

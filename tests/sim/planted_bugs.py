@@ -1,5 +1,5 @@
-"""Planted bugs: what others shipped (reliability, lessons 1 to 8) and what a prefix cache and several choices can get
-wrong (9 to 12), put into our machines on purpose, one at a time.
+"""Planted bugs: what others shipped (reliability, lessons 1 to 8) and what a prefix cache, several choices (9 to 12)
+and images (13 to 16) can get wrong, put into our machines on purpose, one at a time.
 
 They measure the tests, not the product: a virtual cluster that does not notice one of these would not notice the real
 thing. Each replaces one method of a machine while its context lasts; the product has no switch for any of them.
@@ -8,13 +8,13 @@ thing. Each replaces one method of a machine while its context lasts; the produc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from itertools import count
+from itertools import combinations, count
 from typing import Any, TypeAlias
 from unittest.mock import patch
 
 from control_plane.agent.attempts import Attempt
 from control_plane.agent.core import WorkerCore
-from control_plane.router.dispatch import worker_messages
+from control_plane.router.dispatch import encoding, worker_messages
 from control_plane.router.dispatch.groups import Groups
 from control_plane.router.dispatch.holders import Holders
 from control_plane.router.dispatch.live_request import LiveRequest, Placement, Stage
@@ -24,6 +24,7 @@ from engine.commands import Prefilled, Release
 from engine.kv.block_hash import root_hash
 from engine.sequence import Sequence
 from engine.sequence_memory import SequenceMemory
+from engine.vision.info import VisionInfo
 from kv_transfer.custody import Custody
 from kv_transfer.frame import FrameHeader
 from kv_transfer.source import Source
@@ -99,10 +100,10 @@ def lesson_4_reaping_needs_new_work() -> Iterator[None]:
     on_prefill, on_tick = WorkerCore._on_prefill, WorkerCore._on_tick
 
     def reap_then_prefill(self: WorkerCore, link: LinkName, message: Any, now_us: int) -> list[object]:
-        return [*self._settle(self._source.on_tick(now_us), now_us), *on_prefill(self, link, message, now_us)]
+        return [*self._settle(self._transfers.on_tick(now_us)), *on_prefill(self, link, message, now_us)]
 
     def tick_without_reaping(self: WorkerCore, now_us: int) -> list[object]:
-        with patch.object(self._source, "on_tick", lambda now_us: []):
+        with patch.object(self._transfers, "on_tick", lambda now_us: []):
             return on_tick(self, now_us)
 
     with (
@@ -252,4 +253,53 @@ def lesson_12_choices_start_over_as_the_first() -> Iterator[None]:
         return message
 
     with patch.object(worker_messages, "prefill", of_the_first):
+        yield
+
+
+@_bug
+def lesson_13_images_are_swapped() -> Iterator[None]:
+    """Two embeddings of one size, each sent to where the other belongs."""
+    transfers = encoding._transfers_untrusted
+
+    def crosswise(request: LiveRequest, message: pb.ImagesWanted) -> dict[int, bytes]:
+        ids = transfers(request, message)
+        for one, other in combinations(ids, 2):
+            if request.submit.images[one].image.features == request.submit.images[other].image.features:
+                ids[one], ids[other] = ids[other], ids[one]
+                break
+        return ids
+
+    with patch.object(encoding, "_transfers_untrusted", crosswise):
+        yield
+
+
+@_bug
+def lesson_14_embedding_let_go_too_early() -> Iterator[None]:
+    """A prompt is given to the engine: its images are cache from then on, though no chunk has read them yet."""
+    compute = PrefillRole._compute_if_gathered
+
+    def compute_and_let_go(self: PrefillRole, seq_id: int) -> list[object]:
+        return [*compute(self, seq_id), *self._custody.has_read(seq_id)]
+
+    with patch.object(PrefillRole, "_compute_if_gathered", compute_and_let_go):
+        yield
+
+
+@_bug
+def lesson_15_embeddings_know_no_tenant() -> Iterator[None]:
+    """Equal pixels are equal images, whoever has sent them."""
+    key = VisionInfo.key
+
+    with patch.object(VisionInfo, "key", lambda self, scope, digest: key(self, "", digest)):
+        yield
+
+
+@_bug
+def lesson_16_blocks_are_named_by_placeholders() -> Iterator[None]:
+    """The prefix cache sees token ids only: two prompts with different pictures have the same placeholders."""
+
+    def ids_only(token_ids: list[int], images: Any, start: int = 0) -> list[int]:
+        return list(token_ids)
+
+    with patch("engine.kv.prefix_cache.naming_ids", ids_only):
         yield

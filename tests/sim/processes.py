@@ -9,19 +9,25 @@ from typing import Any, TypeAlias
 from control_plane.agent.core import WorkerCore
 from control_plane.controller.core import ControllerCore
 from control_plane.router.core import RouterCore
+from encode_worker.encoders.oracle import OracleEncoder
+from engine.base import limits
 from engine.base.virtual_host import VirtualProcess, VirtualWorld
-from engine.commands import EngineEvent
+from engine.commands import EncodePlan, EngineEvent, StepPlan
 from engine.core import EngineCore, assert_quiet
+from engine.encode_core import EncodeCore
+from engine.executors.joint import JointExecutor
 from engine.executors.oracle import OracleExecutor
-from engine.kv.arena import Arena
+from engine.kv.arena import Arena, Arenas
+from engine.kv.schema import CacheSchema
 from engine.scheduler import Scheduler
 from engine.step_time import StepTimeModel
 from engine.types import Role
 from engine.virtual import VirtualEngine
+from engine.worker_engine import WorkerEngine
 from kv_transfer.profile import Profile
 from kv_transfer.transports.memory import MemoryTransport
 from tests.sim.history import Violation
-from tests.sim.watchers import WatchedEngine, WatchedHost
+from tests.sim.watchers import WatchedEncoder, WatchedEngine, WatchedHost
 from tests.sim.weather import Weather
 
 POISON_TOKEN = 999  # a step that is fed it raises; no output has it
@@ -39,7 +45,8 @@ class WorkerShape:
 
     name: str
     roles: frozenset[Role]
-    columns: int
+    columns: int = 0
+    embedding_columns: int = 0  # 0: its model does not see
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +61,7 @@ class Shape:
     bytes_per_second: int | None = None
     job_us: int = 500
     step_time: StepTimeModel = STEP_TIME
+    image_us: int = 20_000  # of an encoder
     profile: Profile | None = None  # of every worker
     oracle: OracleExecutor.Config = ORACLE
     watched: bool = True  # False where only times matter: watching costs more than everything else
@@ -63,26 +71,55 @@ class Shape:
     def names(self) -> tuple[str, ...]:
         return tuple(worker.name for worker in self.workers)
 
+    @property
+    def sees(self) -> bool:
+        return any(worker.embedding_columns for worker in self.workers)
 
-class WorkerEngine:
-    """A worker's engine: the core under watch, an oracle, an arena."""
+    def cost_us(self, plan: StepPlan | EncodePlan) -> int:
+        return self.image_us * len(plan.items) if isinstance(plan, EncodePlan) else self.step_time(plan)
+
+
+class EngineParts:
+    """A worker's engine: cores under watch, oracles, arenas; for KV, for embeddings, or for both."""
 
     def __init__(self, world: VirtualWorld, process: VirtualProcess, shape: Shape, worker: WorkerShape) -> None:
-        self.arena = Arena(shape.oracle.schema, columns=worker.columns, block_size=shape.block_size)
+        self._shape, self._worker = shape, worker
+        kv = self._arena(shape.oracle.schema, worker.columns)
+        embeddings = self._arena(shape.oracle.embedding_schema, worker.embedding_columns)
+        self.memory = Arenas(*(arena for arena in (kv, embeddings) if arena is not None))
+        self.core = WorkerEngine(
+            self._language_core(kv) if kv is not None else None,
+            self._encode_core(embeddings) if embeddings is not None else None,
+        )
+        executor = JointExecutor(
+            OracleExecutor(kv, shape.oracle, embeddings) if kv is not None else None,
+            OracleEncoder(embeddings) if embeddings is not None else None,
+        )
+        self.on_events: Callable[[tuple[EngineEvent, ...]], None] = lambda events: None
+        self.port = VirtualEngine(
+            world, lambda events: self.on_events(events), self.core, executor, shape.cost_us, process=process
+        )
+
+    def _arena(self, schema: CacheSchema, columns: int) -> Arena | None:
+        return Arena(schema, columns=columns, block_size=self._shape.block_size) if columns else None
+
+    def _language_core(self, arena: Arena) -> EngineCore:
+        shape = self._shape
         config = Scheduler.Config(
             block_size=shape.block_size,
             step_tokens=shape.step_tokens,
             growth_reserve_tokens=shape.growth_tokens,
             near_turn_tokens=2 * shape.step_tokens,
             max_model_len=shape.oracle.max_model_len,
-            recompute=Role.PREFILL in worker.roles,
+            recompute=Role.PREFILL in self._worker.roles,
         )
-        self.core = (WatchedEngine if shape.watched else EngineCore)(config, shape.oracle.schema, self.arena)
-        self.on_events: Callable[[tuple[EngineEvent, ...]], None] = lambda events: None
-        oracle = OracleExecutor(self.arena, shape.oracle)
-        self.port = VirtualEngine(
-            world, lambda events: self.on_events(events), self.core, oracle, shape.step_time, process=process
-        )
+        return (WatchedEngine if shape.watched else EngineCore)(config, arena.schema, arena)
+
+    def _encode_core(self, arena: Arena) -> EncodeCore:
+        alone = self._worker.roles == {Role.ENCODE}
+        images = limits.ENCODE_BATCH_IMAGES if alone else 1
+        config = EncodeCore.Config(batch_images=images, lazy_tower=Role.ENCODE not in self._worker.roles)
+        return (WatchedEncoder if self._shape.watched else EncodeCore)(config, arena.schema, arena)
 
 
 class Process:
@@ -98,7 +135,7 @@ class Process:
         *,
         weather: Weather,
         outputs: Callable[["Process", Any], None],
-        engine: WorkerEngine | None = None,
+        engine: EngineParts | None = None,
         job_us: int = 0,
     ) -> None:
         self.name = name
@@ -113,7 +150,7 @@ class Process:
             transport,
             outputs=partial(outputs, self),
             engine=engine.port if engine else None,
-            memory=engine.arena if engine else None,
+            memory=engine.memory if engine else None,
             job_us=lambda job: job_us,
             clock_offset_us=world.random.randrange(1_000_000_000),  # clocks agree with nobody's
             weather=weather,

@@ -21,11 +21,12 @@ from tests.sim.faults import (
     draw_router_options,
     draw_shape,
     inject,
+    with_sight,
 )
 from tests.sim.history import History, Violation
 from tests.sim.processes import ORACLE, Shape
 from tests.sim.weather import Weather
-from tests.sim.workload import Visit, draw_workload
+from tests.sim.workload import Visit, draw_workload, show_pictures
 
 REQUESTS = 20
 SPAN_US = 5_000_000
@@ -57,8 +58,14 @@ def draw_scenario(seed: int, *, requests: int = REQUESTS) -> Scenario:
     random = Random(seed)
     router_options = draw_router_options(Random(f"router of {seed}"))
     shape = replace(draw_shape(random), router_options=router_options)
+    pictures = Random(f"pictures of {seed}")
+    sees = pictures.random() < 0.5
+    if sees:
+        shape = with_sight(pictures, shape)
     plan = draw_plan(random, shape)
     visits = draw_workload(random, ORACLE, requests=requests, span_us=SPAN_US)
+    if sees:
+        visits = show_pictures(pictures, visits)
     return Scenario(seed=seed, shape=shape, plan=plan, visits=tuple(visits))
 
 

@@ -81,6 +81,7 @@ def test_faults_of_every_kind_happen_and_do_harm(figures: Counter[str]) -> None:
         *("kill", "freeze", "cut", "reset", "drain", "forget", "ambush", "restarts", "relocations", "placements lost"),
         *("forget", "preemptions", "requests of several choices", "choices stopped"),
         *("prompt tokens cached", "prompt tokens skipped", "prompt tokens scored"),
+        *("images", "images cached", "failpoint prefill.gathering"),
         *("control double", "control overtake", "control delay", "damaged frames refused"),
         *(f"frame {kind}" for kind in ("drop", "duplicate", "overtake", "delay", "damage")),
         *("requests of several choices", "choices stopped", "preemptions"),

@@ -1,8 +1,8 @@
 """Watchers: they look, inside a running cluster, for what no client could see. They change nothing that happens.
 
 WatchedEngine   freed columns are poisoned, and must stay so until they are granted again: nobody reads a block that is
-                gone without wrong tokens, nobody writes one without being caught here. Nor is a block written that
-                the prefix cache may give to others (I3)
+WatchedEncoder  gone without wrong tokens, nobody writes one without being caught here. Nor is a block written that
+                the cache may give to others (I3)
 WatchedJob      every frame that is placed was sealed by a source, and is none that the weather damaged (I5)
 WatchedHost     every damaged frame that arrives is counted as refused, or fails in its job (I5)
 """
@@ -17,28 +17,31 @@ from xxhash import xxh3_64_intdigest
 
 from engine.base.machine import Job, LinkName, Run
 from engine.base.virtual_host import VirtualHost
-from engine.commands import EngineCommand, EngineEvent, StepOutput, StepPlan
+from engine.commands import EngineCommand, EngineEvent
 from engine.core import EngineCore
+from engine.encode_core import EncodeCore
+from engine.kv.allocator import ColumnAllocator
 from engine.kv.arena import POISON, Arena
 from engine.kv.schema import CacheSchema
-from engine.scheduler import Scheduler
 from kv_transfer.jobs import DecodeJob
 from tests.sim.history import Violation
 from tests.sim.weather import Weather
 
 
-class WatchedEngine(EngineCore):
-    """An EngineCore whose memory nobody touches but as it is meant.
+class _Watched:
+    """Mixed in before a core of either kind: one whose memory nobody touches but as it is meant.
 
         free      nothing but poison, from the moment in which a column is nobody's
-        named     final: somebody may find it in the prefix cache, held or not, and must find what was computed
+        named     final: somebody may find it in the cache, held or not, and must find what was computed
 
     Codec jobs and steps run between two calls of this class, so it looks when one begins.
     """
 
-    def __init__(self, config: Scheduler.Config, schema: CacheSchema, arena: Arena) -> None:
-        super().__init__(config, schema, arena)
-        self._memory = arena
+    _allocator: ColumnAllocator
+
+    def __init__(self, config: Any, schema: CacheSchema, arena: Arena) -> None:
+        super().__init__(config, schema, arena)  # type: ignore[call-arg]
+        self._watched = arena
         self._free: set[int] = set()
         self._cached: set[int] = set()
         self._named: dict[int, int] = {}  # column -> digest of what is in it
@@ -46,19 +49,19 @@ class WatchedEngine(EngineCore):
 
     def handle(self, command: EngineCommand, now_us: int) -> list[EngineEvent]:
         with self._watching():
-            return super().handle(command, now_us)
+            return super().handle(command, now_us)  # type: ignore[misc]
 
-    def begin_step(self, now_us: int) -> StepPlan | None:
+    def begin_step(self, now_us: int) -> Any:
         with self._watching():
-            return super().begin_step(now_us)
+            return super().begin_step(now_us)  # type: ignore[misc]
 
-    def finish_step(self, output: StepOutput, now_us: int) -> list[EngineEvent]:
+    def finish_step(self, output: Any, now_us: int) -> list[EngineEvent]:
         with self._watching():
-            return super().finish_step(output, now_us)
+            return super().finish_step(output, now_us)  # type: ignore[misc]
 
     def fail_step(self, now_us: int) -> list[EngineEvent]:
         with self._watching():
-            return super().fail_step(now_us)
+            return super().fail_step(now_us)  # type: ignore[misc]
 
     @contextmanager
     def _watching(self) -> Iterator[None]:
@@ -68,7 +71,7 @@ class WatchedEngine(EngineCore):
 
     def _look(self) -> None:
         free = sorted(self._free)
-        if not np.all(self._memory.array[free] == POISON):
+        if not np.all(self._watched.array[free] == POISON):
             raise Violation(f"I3: somebody wrote to one of columns {free} while it was free")
         for column, digest in self._named.items():
             if self._digest(column) != digest:
@@ -79,14 +82,22 @@ class WatchedEngine(EngineCore):
         allocator = self._allocator
         held = {column for owner in allocator.owners for column in allocator.table(owner)}
         named = allocator._cache.named
-        free = set(range(self._memory.columns)) - held - named
+        free = set(range(self._watched.columns)) - held - named
         evicted = {c for c in self._cached & held - named if self._digest(c) == self._named[c]}  # else copied to
-        self._memory.poison(sorted(free - self._free | evicted))
+        self._watched.poison(sorted(free - self._free | evicted))
         self._free, self._cached = free, set(allocator.cached_column_ids)
         self._named = {c: self._named[c] if c in self._named else self._digest(c) for c in sorted(named)}
 
     def _digest(self, column: int) -> int:
-        return xxh3_64_intdigest(self._memory.array[column].data)
+        return xxh3_64_intdigest(self._watched.array[column].data)
+
+
+class WatchedEngine(_Watched, EngineCore):
+    """Of KV."""
+
+
+class WatchedEncoder(_Watched, EncodeCore):
+    """Of embeddings."""
 
 
 class WatchedJob:

@@ -1,5 +1,6 @@
 """Workload: seeded clients. Who asks for what, when, and who changes their mind."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
@@ -7,6 +8,7 @@ from control_plane.router.requests import Submit
 from engine.executors.oracle import OracleExecutor
 from engine.types import SamplingParams
 from tests.sim.history import expected
+from tests.sim.pictures import seen_by, with_images
 
 PROMPT_TOKENS_MAX = 80
 OUTPUT_TOKENS_MAX = 30
@@ -37,6 +39,22 @@ def draw_workload(random: Random, oracle: OracleExecutor.Config, *, requests: in
         cancel_us = at_us + _draw_patience_us(random) if random.random() < 0.2 else None
         visits.append(Visit(at_us, submit, cancel_us, _draw_stops(random, submit)))
     return visits
+
+
+def show_pictures(random: Random, visits: Sequence[Visit]) -> list[Visit]:
+    """About half of these clients have pictures in their prompts; some show those of an earlier one, with its words."""
+    shown: list[Visit] = []
+    for visit in visits:
+        earlier = [each.submit for each in shown if each.submit.images]
+        if random.random() < 0.5:
+            submit = visit.submit
+        elif earlier and random.random() < 0.4:
+            past = seen_by(random.choice(earlier), visit.submit.tenant)
+            submit = replace(visit.submit, token_ids=past.token_ids, images=past.images)
+        else:
+            submit = with_images(random, visit.submit)
+        shown.append(replace(visit, submit=submit))
+    return shown
 
 
 def _draw_submit(random: Random, key: int, oracle: OracleExecutor.Config, *, earlier: list[Submit]) -> Submit:

@@ -308,6 +308,8 @@ def test_a_launchers_flags_give_a_child_the_very_options(
         block_size=8,
         max_model_len=512,
         kv_cache_mib=7,
+        embedding_cache_mib=3,
+        encode_image_ms=450.5,
         codec="auto",
         kl_budget=0.003,
         profile=Path("some") / "profile.safetensors",
@@ -329,6 +331,8 @@ def test_a_launchers_flags_give_a_child_the_very_options(
         ssl_keyfile=tmp_path / "key",
         ssl_ca_certs=tmp_path / "authorities",
         queue_timeout_s=2.5,
+        limit_mm_per_prompt=4,
+        allowed_media_domains=("a.example", "b.example"),
     )
     assert _unchanged(engine, EngineOptions()) == {"device"}, "it goes with the torch executor only"
     assert _unchanged(edge, EdgeOptions()) == set()
@@ -356,7 +360,10 @@ def _unchanged(options: Any, untouched: Any) -> set[str]:
         ("serve --port http", "--port"),
         ("serve --port 99999", "--port: must be a port from 0 to 65535, not 99999"),
         ("serve --port 8001", "--admin-port: port 8001 is already --port"),
-        ("serve --encode 1", "--encode"),
+        ("serve oracle --executor oracle --encode 1", "--encode: is for images, and this model takes none"),
+        ("worker --name w --controller h:1 --role encode --model oracle --executor oracle", "--role: 'encode' is for"),
+        ("serve --limit-mm-per-prompt image=many", "--limit-mm-per-prompt: must be a whole number, image=N or"),
+        ("serve --allowed-media-domains https://a", "--allowed-media-domains: must be a host's name"),
         ("serve --prefill 0", "--prefill"),
         ("serve --dtype float8", "float8"),
         ("serve --codec int7", "--codec: must be one of"),

@@ -40,7 +40,7 @@ from triptych.client.connection import ERRORS, Terms
 from triptych.client.requests import generate_request
 
 PROMPT = "prompt: must be text, a list of token ids, or a list of messages"
-MESSAGES = "messages: must be a list of {'role': text, 'content': text}"
+MESSAGES = "messages: must be a list of {'role': text, 'content': text, or a list of text and image parts}"
 STOP, LENGTH = FinishReason.STOP, FinishReason.LENGTH
 
 
@@ -415,6 +415,10 @@ def test_a_prompt_is_text_ids_or_a_conversation() -> None:
     assert generate_request("text", {}).text == "text"
     assert generate_request((1, 2), {}).tokens.ids == [1, 2]
     assert generate_request([], {}).WhichOneof("prompt") == "tokens"
+    parts = ["a", {"type": "text", "text": "b"}, {"type": "image", "image": b"c"}]
+    urls = [{"type": "image_url", "image_url": url} for url in ("d", {"url": "e"})]
+    (message,) = generate_request([{"role": "user", "content": [*parts, *urls]}], {}).chat.messages
+    assert [part.text or part.image.data or part.image.url for part in message.parts] == ["a", "b", b"c", "d", "e"]
     chat = generate_request([{"role": "user", "content": "Hi"}], {"chat_template_kwargs": {"a": 1}}).chat
     assert [(said.role, said.content) for said in chat.messages] == [("user", "Hi")]
     assert chat.chat_template_kwargs_json == '{"a": 1}'
@@ -459,7 +463,10 @@ def test_options_are_set_as_they_are_given() -> None:
         ({"role": "user"}, {}, PROMPT),
         ([{"role": 1}], {}, MESSAGES),
         ([{"rôle": "user"}], {}, MESSAGES),
-        ([{"role": "user", "content": [{"type": "text", "text": "secret"}]}], {}, MESSAGES),
+        ([{"role": "user", "content": [{"type": "text", "text": 7}]}], {}, MESSAGES),
+        ([{"role": "user", "content": [{"type": "sound", "text": "secret"}]}], {}, MESSAGES),
+        ([{"role": "user", "content": [{"type": "image", "image": "secret"}]}], {}, MESSAGES),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": b"secret"}}]}], {}, MESSAGES),
         ("a", {"max_tokens": -1}, "max_tokens: must be a whole number from 0 to 4294967295"),
         ("a", {"temperature": "hot"}, "temperature: must be a number"),
         ("a", {"stop": [1]}, "stop: must be a list of texts"),

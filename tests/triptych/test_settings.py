@@ -97,7 +97,7 @@ def test_names_are_the_ones_that_vllm_uses() -> None:
     vllm = {
         *("model", "served-model-name", "max-model-len", "block-size", "dtype", "device", "max-num-batched-tokens"),
         *("enable-prefix-caching", "host", "port", "api-key", "ssl-keyfile", "ssl-certfile", "ssl-ca-certs"),
-        "chat-template",
+        *("chat-template", "limit-mm-per-prompt", "allowed-media-domains"),
     }
     assert vllm <= {setting.name for setting in settings_of(ServeOptions)}
 
@@ -134,6 +134,18 @@ SAYINGS: Mapping[str, Mapping[Source, tuple[Any, Any]]] = {
         FLAG: (["a,b"], ("a,b",)),
         ENVIRONMENT: ("c, d", ("c", "d")),
         FILE: ("[e, f]", ("e", "f")),
+        DEFAULT: (None, ()),
+    },
+    "limit-mm-per-prompt": {
+        FLAG: ('{"image": 4}', 4),
+        ENVIRONMENT: ("image=5", 5),
+        FILE: ("{image: 6, video: 0}", 6),
+        DEFAULT: (None, 16),
+    },
+    "allowed-media-domains": {
+        FLAG: (["a.b", "c"], ("a.b", "c")),
+        ENVIRONMENT: ("d, e", ("d", "e")),
+        FILE: ("[f, g]", ("f", "g")),
         DEFAULT: (None, ()),
     },
     "drain-timeout": {FLAG: (1.5, 1.5), ENVIRONMENT: ("2", 2.0), FILE: ("3", 3.0), DEFAULT: (None, 30.0)},
@@ -216,6 +228,14 @@ def test_a_file_reaches_every_part_of_the_options(file: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("written", "images"),
+    [(7, 7), ("7", 7), (" 7 ", 7), ("image=7", 7), ("video=0, image=7", 7), ("audio=1", 16), ("{}", 16)],
+)
+def test_images_may_be_limited_as_in_other_servers(written: Any, images: int) -> None:
+    assert read(ServeOptions, {"limit-mm-per-prompt": written}).options.edge.limit_mm_per_prompt == images
+
+
 # -- mistakes ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("text", "told"),
@@ -253,6 +273,30 @@ def test_a_file_reaches_every_part_of_the_options(file: Path) -> None:
         ("api-key: '[secret'", "FILE:1: api-key: must be text, or a list of texts, not text"),
         ("api-key: ''", "FILE:1: api-key: holds no key; leave it out for a server without keys"),
         ("api-key: []", "FILE:1: api-key: holds no key; leave it out for a server without keys"),
+        *(
+            (
+                f"limit-mm-per-prompt: {wrong}",
+                'FILE:1: limit-mm-per-prompt: must be a whole number, image=N or {"image": N}',
+            )
+            for wrong in (
+                *(
+                    "many",
+                    "image",
+                    "image=",
+                    "image=x",
+                    "sound=1",
+                    "on",
+                    "1.5",
+                    "[1]",
+                    "''",
+                    "'{'",
+                    "'{\"image\": true}'",
+                ),
+                *("{image: 1.5}", "{images: 1}", "{image: {count: 1}}", "'" + '{"image":' * 10_000 + "'"),
+            )
+        ),
+        ("limit-mm-per-prompt: 257", "FILE:1: limit-mm-per-prompt: must allow from 0 to 256 images, not 257"),
+        ("allowed-media-domains: https://a", "FILE:1: allowed-media-domains: must be a host's name"),
         ("host: h\nport: 70000", "FILE:2: port: must be a port from 0 to 65535, not 70000"),
         ("drain-timeout: -1", "FILE:1: drain-timeout: must be a number of seconds, 0 or more, not -1.0"),
         ("max-num-batched-tokens: 0", "FILE:1: max-num-batched-tokens: must be at least 1, not 0"),
@@ -341,7 +385,10 @@ def test_the_schema_has_every_setting_and_accepts_every_default(kind: type) -> N
     jsonschema.validate({s.name: plain(s.default) for s in settings_of(kind) if not s.required}, written)
 
 
-@pytest.mark.parametrize("said", [{"block-size": 8}, {"block_size": 8}, {"max_num_batched-tokens": 9}])
+@pytest.mark.parametrize(
+    "said",
+    [{"block-size": 8}, {"block_size": 8}, {"max_num_batched-tokens": 9}, {"limit-mm-per-prompt": {"image": 4}}],
+)
 def test_the_schema_spells_a_name_as_a_file_may(said: dict[str, Any], file: Path) -> None:
     jsonschema.validate(said, schema(ServeOptions))
     file.write_text("\n".join(f"{name}: {value}" for name, value in said.items()))

@@ -25,7 +25,7 @@ from engine.base.errors import (
 )
 from triptych.client.asynchronous import AsyncClient, AsyncStream
 from triptych.client.connection import Tls
-from triptych.client.requests import Message, Options, Prompt
+from triptych.client.requests import Message, Options, Part, Prompt
 from triptych.client.synchronous import Client, Stream
 from triptych.client.values import (
     Choice,
@@ -57,6 +57,7 @@ __all__ = [
     "ModelInfo",
     "NotFound",
     "Options",
+    "Part",
     "PermissionDenied",
     "Prompt",
     "ResourceExhausted",

@@ -9,8 +9,12 @@ from google.protobuf.descriptor import FieldDescriptor
 from control_plane.wire import inference_pb2 as pb
 from engine.base.errors import InvalidArgument
 
-Message = Mapping[str, str]
-"""One of a conversation: {"role": "user", "content": "..."}."""
+Part = str | Mapping[str, Any]
+"""A text, or as HTTP has it: {"type": "text", "text": "..."}, {"type": "image_url", "image_url": {"url": "data:..."}};
+or an image as a file: {"type": "image", "image": b"..."}."""
+
+Message = Mapping[str, str | Sequence[Part]]
+"""One of a conversation: {"role": "user", "content": "..."}; instead of one text its content may be a list of parts."""
 
 Prompt = str | Sequence[int] | Sequence[Message]
 """A text, token ids, or a conversation, which the model's own template turns into a prompt."""
@@ -98,10 +102,35 @@ def _set_prompt(request: pb.GenerateRequest, prompt: Prompt) -> None:
     if isinstance(prompt, str):
         _set(request, "text", prompt, "prompt")
     elif isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
-        _set(request.chat, "messages", prompt, "messages")
+        _set(request.chat, "messages", list(map(_message, prompt)), "messages")
     else:
         request.tokens.SetInParent()  # also of no ids: the server says what is wrong with them
         _set(request.tokens, "ids", prompt, "prompt")
+
+
+def _message(said: Any) -> Any:
+    """Parts go into a field of their own."""
+    content = said.get("content") if isinstance(said, Mapping) else None
+    if isinstance(content, str) or not isinstance(content, Sequence):
+        return said
+    others = {name: value for name, value in said.items() if name != "content"}
+    return {**others, "parts": list(map(_part, content))}
+
+
+def _part(part: Any) -> dict[str, Any]:
+    match part:
+        case str() as text:
+            return {"text": text}
+        case {"type": "text", "text": text}:
+            return {"text": text}
+        case {"type": "image", "image": bytes() as file}:
+            return {"image": {"data": file}}
+        case {"type": "image_url", "image_url": {"url": str() as url}} | {
+            "type": "image_url",
+            "image_url": str() as url,
+        }:
+            return {"image": {"url": url}}
+    raise InvalidArgument(f"messages: must be {_WANTED['messages']}", field="messages")
 
 
 def _holder(request: pb.GenerateRequest, name: str) -> Any:
@@ -147,7 +176,7 @@ def _set(message: Any, name: str, value: Any, called: str = "") -> None:
 # -- what a field holds, in words --------------------------------------------------------------------------------------
 _WANTED: Final[Mapping[str, str]] = {
     "prompt": "text, a list of token ids, or a list of messages",
-    "messages": "a list of {'role': text, 'content': text}",
+    "messages": "a list of {'role': text, 'content': text, or a list of text and image parts}",
     "logit_bias": "token ids and numbers",
     "choice": "a list of texts",
 }

@@ -30,6 +30,9 @@ class Stats:
     attempts: int = 0
     cached_tokens: int = 0  # of the prompt, that were not computed
     skipped_tokens: int = 0  # of the prompt, whose KV was where it is needed already
+    image_tokens: int = 0  # of the prompt, that stand for images
+    image_hits: int = 0  # images that did not have to be looked at again
+    cached_image_tokens: int = 0  # of the prompt, that stand for those
     phase_ms: dict[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -45,6 +48,9 @@ class Stats:
             attempts=message.attempts,
             cached_tokens=message.cached_tokens,
             skipped_tokens=message.skipped_tokens,
+            image_tokens=message.image_tokens,
+            image_hits=message.image_hits,
+            cached_image_tokens=message.cached_image_tokens,
             phase_ms=dict(message.phase_ms),
         )
 
@@ -172,6 +178,7 @@ class ModelInfo:
     max_choices: int
     max_logprobs: int
     model_dtype: str
+    max_images: int  # in one conversation; 0: it takes text only
 
     @classmethod
     def of(cls, message: pb.GetModelInfoResponse) -> Self:
@@ -184,6 +191,7 @@ class ModelInfo:
             max_choices=message.max_choices,
             max_logprobs=message.max_logprobs,
             model_dtype=message.model_dtype,
+            max_images=message.max_images,
         )
 
 

@@ -24,7 +24,10 @@ def fit(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Measure how long engine steps take here and fit the model that schedules by it. Best on an idle machine."""
+    """Measure how long engine steps take here and fit the model that schedules by it. Best on an idle machine.
+
+    Of a model that sees, these are the steps of its language model.
+    """
     options = FitOptions(
         engine=fit_engine(model=model, dtype=dtype, device=device, block_size=block_size),
         threads=threads,

@@ -26,7 +26,10 @@ def measure(
     threads: Annotated[int, typer.Option(help="Compute threads.", metavar="N")] = 2,
     out: Annotated[Path | None, typer.Option("--json", help="File to write the figures to.", metavar="FILE")] = None,
 ) -> None:
-    """Measure what codecs cost on a text: bits, KL, perplexity, encode and decode rates."""
+    """Measure what codecs cost on a text: bits, KL, perplexity, encode and decode rates.
+
+    Of a model that sees, its language model is measured.
+    """
     options = MeasureOptions(
         engine=codec_engine(model=model, dtype=dtype, profile=profile),
         texts=tuple(text),

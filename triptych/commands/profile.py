@@ -23,7 +23,10 @@ def profile(
         Path | None, typer.Option(help="File to write; default: MODEL.safetensors here.", metavar="FILE")
     ] = None,
 ) -> None:
-    """Calibrate codecs to a model and measure them. Workers read the file with --profile."""
+    """Calibrate codecs to a model and measure them. Workers read the file with --profile.
+
+    Of a model that sees, that is its language model, on texts: what images leave in KV is not in the profile.
+    """
     from triptych.profile import default_out, default_texts
     from triptych.profile import main as run
 

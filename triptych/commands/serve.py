@@ -18,6 +18,7 @@ def serve(configured: "Configured[ServeOptions]") -> None:
     \b
     triptych serve                                one prefill, one decode worker
     triptych serve ./checkpoint --prefill 2
+    triptych serve demo-vlm                       one encode worker, too: this model sees
     triptych serve --config my.yaml --port 9000   the flag wins
     """
     options = configured.options

@@ -174,7 +174,12 @@ class Answer:
 
     def _final_usage(self) -> dict[str, Any]:
         cached_tokens = sum(stream.stats.cached_tokens for stream in self._streams.streams)
-        return self._usage() | {"prompt_tokens_details": {"cached_tokens": cached_tokens}}
+        details: dict[str, Any] = {"cached_tokens": cached_tokens}
+        if self._request.image_tokens:
+            cached_image_tokens = sum(stream.stats.cached_image_tokens for stream in self._streams.streams)
+            details["multimodal_tokens"] = {"image": self._request.image_tokens}
+            details["cached_multimodal_tokens"] = {"image": cached_image_tokens}
+        return self._usage() | {"prompt_tokens_details": details}
 
     def _figures(self) -> dict[str, Any]:
         """`triptych`: of one prompt an object, of several one for each."""

@@ -17,17 +17,24 @@ class Absences:
     def __init__(self, pool: WorkerPool, wait_ms: int) -> None:
         self._pool = pool
         self._wait_us = wait_ms * 1_000
+        self._roles = [Role.PREFILL, Role.DECODE]  # that somebody needs
         self._until_us: dict[Role, int] = {}  # when waiting for one ends
         self._given_up: set[Role] = set()  # absent for longer than that: a request that needs one fails at once
 
     def note(self, now_us: int) -> None:
         """Workers came or went."""
-        for role in (Role.PREFILL, Role.DECODE):
-            if self._pool.holding(role):
+        for role in self._roles:
+            if self._pool.able(role):
                 self._until_us.pop(role, None)
                 self._given_up.discard(role)
             else:
                 self._until_us.setdefault(role, now_us + self._wait_us)
+
+    def need(self, role: Role, now_us: int) -> None:
+        """From now on. Encoders are missed only where there are images."""
+        if role not in self._roles:
+            self._roles.append(role)
+            self.note(now_us)
 
     def give_up(self, now_us: int) -> bool:
         """Whether a role has just become one that is no longer waited for."""
@@ -48,7 +55,8 @@ class Absences:
 
 
 def _lacked_by(request: LiveRequest) -> Sequence[Role]:
-    if request.stage is Stage.QUEUED:
-        return (Role.PREFILL, Role.DECODE) if request.needs_target else (Role.PREFILL,)
+    if request.stage in (Stage.ENCODING, Stage.QUEUED):
+        encoder = (Role.ENCODE,) if request.needs_encoding and not request.images_placed else ()
+        return (*encoder, Role.PREFILL, Role.DECODE) if request.needs_target else (*encoder, Role.PREFILL)
     seeks = request.stage in (Stage.PREFILL, Stage.RESERVING) and request.target is None
     return (Role.DECODE,) if seeks and request.needs_target else ()

@@ -1,8 +1,8 @@
 """Admission: whether there is room for one more request. Whoever is refused is told what to change, or when to return.
 
 Counted are choices, from submission to the one ending, since each is a decoding sequence; and prompt tokens that wait
-for a prefill worker, once per prompt. Of both a tenant has a share (`shares`). And whoever would wait longer than they
-want to is told so at once: by then they could have gone elsewhere.
+in one of the router's lines, once per prompt. Of both a tenant has a share (`shares`). And whoever would wait longer
+than they want to is told so at once: by then they could have gone elsewhere.
 """
 
 from collections.abc import Sequence
@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from control_plane.router.dispatch.absences import Absences
-from control_plane.router.dispatch.drain_rate import DrainRate
+from control_plane.router.dispatch.lines import Line, Lines
 from control_plane.router.dispatch.live_request import LiveRequest
-from control_plane.router.dispatch.request_queue import RequestQueue
 from control_plane.router.dispatch.service_time import ServiceTime
 from control_plane.router.dispatch.workers import WorkerPool
 from control_plane.router.requests import Submit
@@ -22,7 +21,8 @@ from engine.base.errors import InvalidArgument, ResourceExhausted, TriptychError
 
 
 class Refusal(NamedTuple):
-    """`reason` is a label: shutting_down, no_worker, too_long, queue_full, share, queue_wait, slo, queue_timeout."""
+    """`reason` is a label: shutting_down, no_worker, too_long, images (too large), queue_full, share, queue_wait, slo,
+    queue_timeout."""
 
     reason: str
     error: TriptychError
@@ -37,14 +37,11 @@ class Config:
 
 
 class Admission:
-    def __init__(
-        self, config: Config, pool: WorkerPool, queue: RequestQueue, absences: Absences, drain_rate: DrainRate
-    ) -> None:
+    def __init__(self, config: Config, pool: WorkerPool, lines: Lines, absences: Absences) -> None:
         self._config = config
         self._pool = pool
-        self._queue = queue
+        self._lines = lines
         self._absences = absences
-        self._drain_rate = drain_rate
         self.service_time = ServiceTime()
         self.open = True
         self.choices = Shares(config.requests_max, tenants=config.tenants)  # of requests that have not ended
@@ -55,8 +52,8 @@ class Admission:
             return Refusal("shutting_down", Unavailable("shutting down", retry_after_ms=limits.RETRY_AFTER_MS))
         if (error := self._absences.error(requests[0])) is not None:
             return Refusal("no_worker", error)
-        too_long = (refusal for each in requests if (refusal := self._too_long(each)) is not None)
-        return next(too_long, None) or self._too_many(requests) or self._too_slow(requests)
+        too_large = (refusal for each in requests if (refusal := self._too_long(each) or self._too_large(each)))
+        return next(too_large, None) or self._too_many(requests) or self._too_slow(requests)
 
     def fits(self, group: LiveRequest) -> bool:
         """Whether decode workers, when empty, can grant the group at once. Else its choices must go one by one."""
@@ -88,35 +85,53 @@ class Admission:
         text = f"prompt: {tokens} tokens with max_tokens; the workers' KV memory holds {tokens_max} of one request"
         return Refusal("too_long", InvalidArgument(text, field="prompt"))
 
+    def _too_large(self, request: LiveRequest) -> Refusal | None:
+        """Its images: no worker's memory would ever hold all of them."""
+        features = [each.image.features for each in request.submit.images]
+        if not features or self._pool.fits_images(features):
+            return None
+        text = f"messages: {len(features)} images of {sum(features)} tokens are more than the workers' memory holds"
+        return Refusal("images", InvalidArgument(text, field="messages"))
+
     def _too_many(self, requests: Sequence[LiveRequest]) -> Refusal | None:
         """A call longer than all that may wait is taken when nobody waits: else it could never run."""
-        tenant, queued = requests[0].submit.tenant, self._queue.shares
+        tenant, (queue, _) = requests[0].submit.tenant, self._first_line(requests)
         tokens = sum(len(each.token_ids) for each in requests)
         choices = sum(each.submit.choices for each in requests)
         if not self.choices.fits(choices):
             limit = f"limit {self._config.requests_max}, each choice is one"
             return _exhausted("queue_full", f"too many requests in flight ({limit})")
-        if self._queue and not queued.fits(tokens):
-            return _exhausted("queue_full", f"too many prompt tokens waiting (limit {queued.capacity})")
+        if queue and not queue.shares.fits(tokens):
+            return _exhausted("queue_full", f"too many prompt tokens waiting (limit {queue.shares.capacity})")
         if not self.choices.allows(tenant, choices):
             return _exhausted("share", "too many requests in flight: no more are left for this tenant")
-        if not queued.allows(tenant, tokens):
+        if not queue.shares.allows(tenant, tokens):
             return _exhausted("share", "too many prompt tokens waiting: no more are left for this tenant")
         return None
+
+    def _first_line(self, requests: Sequence[LiveRequest]) -> Line:
+        """Where they would wait: the prompts of one call have images, all of them, or none."""
+        return self._lines.ahead_of(requests[0])[0]
 
     def _too_slow(self, requests: Sequence[LiveRequest]) -> Refusal | None:
         """The last one waits for the others too."""
         *others, request = requests
-        ahead_tokens = self._queue.tokens_before(request) + sum(len(each.token_ids) for each in others)
-        wait_us = self._drain_rate.wait_us(ahead_tokens)
+        own_tokens = sum(len(each.token_ids) for each in others)
+        waits_us = [_wait_us(line, request, own_tokens) for line in self._lines.ahead_of(request)]
+        wait_us = sum(filter(None, waits_us))
         bound_ms = self.wait_ms(request.submit)
-        if wait_us is None or wait_us <= bound_ms * 1_000:
+        if wait_us <= bound_ms * 1_000:
             return None
         retry_after_ms = wait_us // 1_000 - bound_ms
         if bound_ms < self._config.queue_timeout_ms:
             text = f"a first token within {request.submit.ttft_slo_ms} ms is not to be expected now"
             return _exhausted("slo", text, retry_after_ms=retry_after_ms)
         return _exhausted("queue_wait", f"would wait for longer than {bound_ms} ms", retry_after_ms=retry_after_ms)
+
+
+def _wait_us(line: Line, request: LiveRequest, own_tokens: int) -> int | None:
+    """In this line; None: not measured."""
+    return line.drain_rate.wait_us(line.queue.tokens_before(request) + own_tokens)
 
 
 def _exhausted(reason: str, text: str, *, retry_after_ms: int = 0) -> Refusal:

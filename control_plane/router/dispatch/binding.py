@@ -11,6 +11,7 @@ except that it never waits. Losses in between are another's (`losses`).
 from collections import Counter
 
 from control_plane.router.dispatch import worker_messages
+from control_plane.router.dispatch.embedding_index import EmbeddingIndex
 from control_plane.router.dispatch.endings import Endings
 from control_plane.router.dispatch.groups import Groups
 from control_plane.router.dispatch.holders import Holders
@@ -35,6 +36,7 @@ class Binding:
         prefilling: Prefilling,
         *,
         placer: Placer,
+        embeddings: EmbeddingIndex,
         counters: Counter[tuple[str, str]],
     ) -> None:
         self._register = register
@@ -43,6 +45,7 @@ class Binding:
         self._endings = endings
         self._prefilling = prefilling
         self._placer = placer
+        self._embeddings = embeddings
         self._counters = counters
 
     # -- a target is sought --------------------------------------------------------------------------------------------
@@ -53,12 +56,20 @@ class Binding:
         request.submission.note_cached(message.cached_tokens)
         request.submission.mark("near_turn", now_us)
         request.near_turn = True
+        request.ahead_tokens = 0
+        settled = self._settle_images(request, worker)
         self._register.deadlines.watch_silence(request)
         if not (request.needs_target and request.submission.scored):
             # Scores come before tokens. Over another link a target's token 0 could be faster than the source's last
             # scores, so a prompt is bound once it is scored (`Forwarding.on_prompt_scored`).
-            return []
-        return self.seek_target(request, now_us)
+            return settled
+        return [*settled, *self.seek_target(request, now_us)]
+
+    def _settle_images(self, request: LiveRequest, worker: Worker) -> list[object]:
+        """They are all there, and stay there: who encoded them does not matter any more."""
+        for live in request.images:
+            self._embeddings.note(worker, live.image)
+        return self._holders.settle_images(request)
 
     def seek_target(self, request: LiveRequest, now_us: int, *, avoid: str | None = None) -> list[object]:
         """Ask decode workers in turn; `avoid` has just failed, so it is the last resort (reliability B1)."""

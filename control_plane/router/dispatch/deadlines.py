@@ -79,5 +79,5 @@ class Deadlines:
         request = self._requests.get(request_id)
         if request is None or not request.is_watched:
             return None
-        token_ms = limits.NO_PROGRESS_TOKEN_MS * request.context_tokens
+        token_ms = limits.NO_PROGRESS_TOKEN_MS * (request.context_tokens + request.ahead_tokens)
         return request.heard_us + 1_000 * (self._patience.no_progress_ms + token_ms)

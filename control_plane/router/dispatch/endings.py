@@ -7,10 +7,10 @@ error at any time (`end`).
 from control_plane.router.dispatch.absences import Absences
 from control_plane.router.dispatch.groups import Groups
 from control_plane.router.dispatch.holders import Holders
+from control_plane.router.dispatch.lines import Lines
 from control_plane.router.dispatch.live_request import LiveRequest, Stage
 from control_plane.router.dispatch.placement import Placer
 from control_plane.router.dispatch.register import Register
-from control_plane.router.dispatch.request_queue import RequestQueue
 from control_plane.router.dispatch.submissions import Submission
 from control_plane.router.requests import Ended
 from control_plane.router.shares import Shares
@@ -25,7 +25,7 @@ class Endings:
         holders: Holders,
         groups: Groups,
         *,
-        queue: RequestQueue,
+        lines: Lines,
         choices: Shares,
         placer: Placer,
         absences: Absences,
@@ -33,7 +33,7 @@ class Endings:
         self._register = register
         self._holders = holders
         self._groups = groups
-        self._queue = queue
+        self._lines = lines
         self._choices = choices
         self._placer = placer
         self._absences = absences
@@ -104,18 +104,19 @@ class Endings:
 
     def _drop(self, request: LiveRequest) -> list[object]:
         """Nobody shall work for it any more."""
-        if request.stage is Stage.QUEUED:
-            self._queue.remove(request)
-        actions = self.abort_everywhere(request)
+        actions = self.withdraw(request)
         self._holders.give_back(request)
         self._register.forget(request)
         return actions
 
-    def abort_everywhere(self, request: LiveRequest) -> list[object]:
-        """Whoever may hold anything for this request is told to forget it. Told once too often is harmless."""
+    def withdraw(self, request: LiveRequest) -> list[object]:
+        """It leaves its line, and whoever may hold anything for it is told to forget it. Told once too often is
+        harmless."""
+        self._lines.leave(request)
         actions = [
             *self._holders.abort_at(request.source, request),
             *self._holders.abort_at(request.target, request),
+            *(action for image in request.images for action in self._holders.abort_image(image)),
         ]
         self._holders.unload_prefill(request)
         request.source = request.target = None

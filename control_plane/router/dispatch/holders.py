@@ -3,6 +3,7 @@
     source   the prompt, from when it is sent until it is computed (`backlog`, in tokens)
     target   a reservation, then a decode (`bound`)
     either   the tenant's share of decode memory (`decode_memory`)
+    image    its place in an encoder's line, and memory for its embedding (`images`)
 
 What is given back makes room for somebody who waits. `changed` says that there is something new for whoever places
 requests to look at.
@@ -10,6 +11,7 @@ requests to look at.
 
 from control_plane.router.dispatch import worker_messages
 from control_plane.router.dispatch.decode_memory import DecodeMemory
+from control_plane.router.dispatch.live_image import LiveImage
 from control_plane.router.dispatch.live_request import LiveRequest, Placement
 from control_plane.router.dispatch.placement import Choice
 from control_plane.router.dispatch.workers import Worker, WorkerPool
@@ -54,6 +56,40 @@ class Holders:
         if worker is not None:
             worker.bound = max(0, worker.bound - 1)
 
+    # -- images --------------------------------------------------------------------------------------------------------
+    def load_image(self, image: LiveImage, worker: Worker) -> None:
+        image.put(worker.id)
+        features = image.image.features
+        worker.images.add(image.id, features, worker.columns_for(features))
+
+    def note_encoded(self, image: LiveImage, worker: Worker) -> None:
+        worker.images.encoded(image.id)
+        self.changed = True
+
+    def release_image(self, image: LiveImage) -> None:
+        """Nobody needs it where it is, and that worker knows. Idempotent."""
+        if (worker := self.worker(image.place)) is not None:
+            worker.images.remove(image.id)
+            self.changed = True
+        image.take()
+
+    def abort_image(self, image: LiveImage) -> list[object]:
+        place, worker = image.place, self.worker(image.place)
+        self.release_image(image)
+        if place is None or worker is None or worker.session is None:
+            return []
+        return [worker_messages.send(worker, abort=worker_messages.abort(image.id, place.attempt))]
+
+    def settle_images(self, request: LiveRequest) -> list[object]:
+        """Its prefill worker has all of them. A holder that has sent one knows; others are told."""
+        actions: list[object] = []
+        for image in request.images:
+            if image.bound:
+                self.release_image(image)
+            else:
+                actions += self.abort_image(image)
+        return actions
+
     # -- letting go ----------------------------------------------------------------------------------------------------
     def give_back(self, request: LiveRequest) -> None:
         """What it held of its tenant's share of decode memory."""
@@ -73,4 +109,5 @@ class Holders:
         worker.backlog.clear()
         worker.urgent.clear()
         worker.bound = 0
+        worker.images.clear()
         self.changed = True

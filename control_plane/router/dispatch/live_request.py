@@ -1,11 +1,14 @@
 """LiveRequest: one request as workers know it: which choices it stands for, and where it is.
 
-stage      QUEUED -> PREFILL -> RESERVING <-> TRANSFER -> DECODE -> (over)
-holders    -         source     source        source,     target
-                                              target
+stage      ENCODING -> QUEUED -> PREFILL -> RESERVING <-> TRANSFER -> DECODE -> (over)
+holders    images'     images'   images',   source        source,     target
+                                 source                   target
 
-A loss in a stage that leaves a holder of the whole KV goes back to RESERVING; any other goes back to QUEUED, with
-prompt + emitted tokens as the new prompt.
+Only a request with images is ever ENCODING: first in line, with its images nowhere, then with all of them placed
+(`live_image`). Their holders are needed until the prefill worker says that its turn is near.
+
+A loss in a stage that leaves a holder of the whole KV goes back to RESERVING; any other goes back to the beginning,
+with prompt + emitted tokens as the new prompt.
 
 A request of several choices is a *group*: one prompt, one prefill, one transfer. Where it would start to decode it
 forks instead, and each choice is a request of its own from then on:
@@ -21,14 +24,18 @@ group stays, FORKED, until every child has been heard of.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from control_plane.router.dispatch.submissions import Submission
 from control_plane.router.requests import Submit
 from kv_transfer.codecs import EXACT, Encoding
 
+if TYPE_CHECKING:
+    from control_plane.router.dispatch.live_image import LiveImage
+
 
 class Stage(Enum):
+    ENCODING = "encoding"
     QUEUED = "queued"
     PREFILL = "prefill"
     RESERVING = "reserving"
@@ -52,6 +59,8 @@ class LiveRequest:
     stage: Stage = Stage.QUEUED
     source: Placement | None = None
     target: Placement | None = None
+    images: "tuple[LiveImage, ...]" = ()  # once it was ENCODING
+    embedding_digest: bytes = b""  # schema of their embeddings, wherever those are
     children: dict[int, int] = field(default_factory=dict)  # a group's: choice -> request id that the target was told
     forks: "dict[int, LiveRequest]" = field(default_factory=dict)  # a FORKED group's: children not heard of yet
     group: "LiveRequest | None" = None  # of a child that is not heard of yet: where it came from
@@ -64,6 +73,7 @@ class LiveRequest:
     failed_at: str = ""  # the prefill worker that gave it up last
     engine_failures: int = 0  # workers whose engine failed on it; bounded by ENGINE_FAILURES_MAX
     prefill_load_tokens: int = 0  # what it adds to its prefill worker's queue, by our estimate
+    ahead_tokens: int = 0  # what its workers may compute first, of images and prompts, before they say anything of it
     near_turn: bool = False  # its prefill worker has begun with it, or will in one of its next steps
     priority: int = 0  # that workers are told
     decode_tokens: int = 0  # what it holds of its tenant's share of decode memory
@@ -114,19 +124,36 @@ class LiveRequest:
         return self.submit.priority, self.submission.number, self.choices[0]
 
     def is_at(self, worker_id: str) -> bool:
-        return any(place is not None and place.worker == worker_id for place in (self.source, self.target))
+        places = (self.source, self.target, *(image.place for image in self.images))
+        return any(place is not None and place.worker == worker_id for place in places)
 
     def next_attempt(self) -> int:
         self.attempts += 1
         return self.attempts
 
     @property
+    def needs_encoding(self) -> bool:
+        """Not all of its images' embeddings are held somewhere for it."""
+        return bool(self.submit.images) and not (self.images and all(image.encoded for image in self.images))
+
+    @property
+    def images_placed(self) -> bool:
+        return any(image.place is not None for image in self.images)
+
+    @property
+    def in_line(self) -> bool:
+        """It waits in the router."""
+        return self.stage is Stage.QUEUED or (self.stage is Stage.ENCODING and not self.images_placed)
+
+    @property
     def is_watched(self) -> bool:
         """A worker has something to do for it now, and should be heard of soon. In a prefill worker's queue, and where
         all targets are full, it only waits: that is load, and ends with the deadline."""
         match self.stage:
+            case Stage.ENCODING:
+                return self.images_placed
             case Stage.PREFILL:
-                return self.near_turn
+                return self.near_turn or any(image.bound for image in self.images)
             case Stage.RESERVING:
                 return self.target is not None
         return self.stage in (Stage.TRANSFER, Stage.DECODE)

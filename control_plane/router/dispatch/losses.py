@@ -3,7 +3,10 @@
     somebody still holds the whole KV   a new target is sought (`rebind`)
     nobody certainly does               prompt + emitted tokens are prefilled again (`restart`)
 
-Both are bounded: after `attempts_max` losses, or failures of ENGINE_FAILURES_MAX engines, the request itself is at
+An image is lost with whoever encodes or holds it, and its request with it, until its prefill worker has all of them:
+then all are encoded again, or found where they were.
+
+All is bounded: after `attempts_max` losses, or failures of ENGINE_FAILURES_MAX engines, the request itself is at
 fault, or too unlucky.
 """
 
@@ -13,6 +16,7 @@ from control_plane.router.dispatch import worker_messages
 from control_plane.router.dispatch.binding import Binding
 from control_plane.router.dispatch.endings import Endings
 from control_plane.router.dispatch.holders import Holders
+from control_plane.router.dispatch.live_image import LiveImage
 from control_plane.router.dispatch.live_request import LiveRequest, Placement, Stage
 from control_plane.router.dispatch.prefilling import Prefilling
 from control_plane.router.dispatch.register import Register
@@ -20,6 +24,8 @@ from control_plane.router.dispatch.workers import Worker
 from control_plane.wire import session_pb2 as pb
 from engine.base import limits
 from engine.base.errors import DeadlineExceeded, FrameError, Internal, TriptychError, Unavailable
+from engine.commands import EMBEDDINGS_FULL
+from engine.types import Role
 
 
 class Losses:
@@ -48,6 +54,15 @@ class Losses:
         actions = [action for request in requests for action in self._on_holder_lost(request, worker, now_us)]
         self._holders.clear(worker)
         return actions
+
+    def on_leaving(self, worker: Worker, now_us: int) -> list[object]:
+        """It drains, which ends when nobody needs what it holds. A prompt in line may wait for this very worker, which
+        then would wait for it: its images are encoded elsewhere, and that is no loss."""
+        if worker.serving or not worker.has(Role.PREFILL) or not worker.images.held:
+            return []
+        waiting = [each for each in self._register.at(worker.id) if each.stage in (Stage.ENCODING, Stage.QUEUED)]
+        known = (each for each in waiting if self._register.knows(each))  # one may end its siblings
+        return [action for request in known for action in self._prefilling.start_over(request, now_us)]
 
     def _on_holder_lost(self, request: LiveRequest, worker: Worker, now_us: int) -> list[object]:
         """Bind again if the whole KV still has a holder; otherwise start over from prompt + emitted tokens."""
@@ -81,6 +96,9 @@ class Losses:
             request.silent_at = request.target.worker
         if request.source is not None:
             request.failed_at = request.source.worker
+        for image in request.images:
+            if image.place is not None and (image.bound or not image.encoded):
+                image.failed_at = image.place.worker
         return self.restart(request, now_us)
 
     # -- what workers say ----------------------------------------------------------------------------------------------
@@ -89,6 +107,8 @@ class Losses:
         if message.reason not in pb.Relocate.Reason.values():
             raise FrameError("relocate")
         failed = message.reason == pb.Relocate.TRANSFER_FAILED
+        if (image := self._register.from_image(worker, message, now_us)) is not None:
+            return self._on_image_lost(image, now_us)
         speaks_as = self._register.from_source if failed else self._register.from_target
         request = speaks_as(worker, message, now_us)
         if request is None or request.stage is Stage.FORKED:
@@ -111,6 +131,8 @@ class Losses:
         return self._binding.seek_target(request, now_us)
 
     def on_failed(self, worker: Worker, message: pb.AttemptFailed, now_us: int) -> list[object]:
+        if (image := self._register.from_image(worker, message, now_us)) is not None:
+            return self._on_image_failed(image, worker, message, now_us)
         request = self._register.requests.get(message.request)
         place = Placement(worker.id, message.attempt)
         if request is None or place not in (request.source, request.target):
@@ -133,6 +155,25 @@ class Losses:
             return self._rebind(request, now_us)
         request.failed_at = place.worker
         return self.restart(request, now_us)
+
+    def _on_image_failed(
+        self, image: LiveImage, worker: Worker, message: pb.AttemptFailed, now_us: int
+    ) -> list[object]:
+        self._counters["attempts_failed", message.reason] += 1
+        if message.status == "invalid_argument":
+            error = worker_messages.refused_by_worker(message.reason)
+            return self._endings.end(image.owner.submission, now_us, error=error)
+        if message.reason == EMBEDDINGS_FULL:
+            # Others hold what we counted on. That is load: its images wait in line again, and it is no loss.
+            worker.images.full = True
+            return self._prefilling.start_over(image.owner, now_us)
+        image.owner.engine_failures += message.status == "internal"
+        return self._on_image_lost(image, now_us)
+
+    def _on_image_lost(self, image: LiveImage, now_us: int) -> list[object]:
+        if image.place is not None:
+            image.failed_at = image.place.worker
+        return self.restart(image.owner, now_us)
 
     # -- what is done about it -----------------------------------------------------------------------------------------
     def _rebind(self, request: LiveRequest, now_us: int) -> list[object]:

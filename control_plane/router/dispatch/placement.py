@@ -9,9 +9,10 @@ choice names its reason, which becomes a metric.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from control_plane.router.dispatch.encodings import Wish, choose_encoding
+from control_plane.router.dispatch.codec_choice import Wish, choose_encoding
+from control_plane.router.dispatch.embedding_index import EmbeddingIndex
 from control_plane.router.dispatch.live_request import LiveRequest
 from control_plane.router.dispatch.prefix_index import CacheKind, PrefixIndex
 from control_plane.router.dispatch.workers import Worker, WorkerPool
@@ -26,18 +27,20 @@ class Candidate:
 
     worker: Worker
     missing_tokens: int
+    image_tokens: int = 0  # of embeddings that it would have to be sent first
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
     worker: Worker
-    reason: str  # "only" | "local" | "prefix": load alone would have chosen another | "least_loaded"
+    reason: str  # "only" | "local" | "prefix", "images": without these it were another | "least_loaded"
     missing_tokens: int = 0
 
 
 # -- the rules ---------------------------------------------------------------------------------------------------------
 def choose_prefill(candidates: Sequence[Candidate], *, avoid: str = "") -> Choice | None:
-    """Where the fewest tokens are to be computed before its own last one; `avoid` has just failed: the last resort."""
+    """Where the fewest tokens are to be computed, or embeddings to be sent, before its own last one; `avoid` has just
+    failed: the last resort."""
     if not candidates:
         return None
 
@@ -45,7 +48,9 @@ def choose_prefill(candidates: Sequence[Candidate], *, avoid: str = "") -> Choic
         worker = candidate.worker
         return worker.id == avoid, worker.prefill_tokens + missing_tokens, worker.status.running, worker.id
 
-    chosen = min(candidates, key=lambda c: cost(c, c.missing_tokens))
+    chosen = min(candidates, key=lambda c: cost(c, c.missing_tokens + c.image_tokens))
+    if chosen is not min(candidates, key=lambda c: cost(c, c.missing_tokens)):
+        return Choice(chosen.worker, "images", chosen.missing_tokens)
     least_loaded = min(candidates, key=lambda c: cost(c, 0))
     return _choice(chosen, least_loaded, candidates)
 
@@ -83,18 +88,27 @@ class Placer:
     """Finds a request's next worker; remembers which blocks it sent to which."""
 
     def __init__(
-        self, pool: WorkerPool, default: Wish, *, prefill_ahead_tokens: int = limits.PREFILL_AHEAD_TOKENS
+        self,
+        pool: WorkerPool,
+        default: Wish,
+        *,
+        embeddings: EmbeddingIndex | None = None,
+        prefill_ahead_tokens: int = limits.PREFILL_AHEAD_TOKENS,
     ) -> None:
         self._pool = pool
         self._index = PrefixIndex()
+        self._embeddings = embeddings or EmbeddingIndex()
         self._default = default
         self._prefill_ahead_tokens = prefill_ahead_tokens
 
     def prefill(self, request: LiveRequest) -> Choice | None:
         """The best worker, with room or without: one that has most of a prompt is worth waiting for."""
         tokens = len(request.token_ids)
-        workers = self._pool.holding(Role.PREFILL)
-        return choose_prefill([self._candidate(w, request, tokens, EXACT) for w in workers], avoid=request.failed_at)
+        workers = [worker for worker in self._pool.holding(Role.PREFILL) if _reads_images(worker, request)]
+        candidates = [self._candidate(worker, request, tokens, EXACT) for worker in workers]
+        if request.images:
+            candidates = [replace(c, image_tokens=self._image_tokens(c.worker, request)) for c in candidates]
+        return choose_prefill(candidates, avoid=request.failed_at)
 
     def has_room(self, worker: Worker, *, urgent: bool) -> bool:
         """Whether it is given another prompt. What it does not need yet waits here, where others can come first."""
@@ -158,9 +172,19 @@ class Placer:
         held = max(self._held_tokens(worker, request, each) for each in {EXACT, identity})
         return Candidate(worker, max(1, tokens - held))
 
+    def _image_tokens(self, worker: Worker, request: LiveRequest) -> int:
+        missing = (live.image for live in request.images if not live.is_at(worker.id))
+        return sum(image.features for image in missing if not self._embeddings.holds(worker, image))
+
     def _held_tokens(self, worker: Worker, request: LiveRequest, identity: str) -> int:
         kind = _kind(worker, identity)
         return kind.block_size * self._index.held_blocks(worker.id, request.submission.hashes.of(kind))
+
+
+def _reads_images(worker: Worker, request: LiveRequest) -> bool:
+    """Text anybody computes."""
+    features = [live.image.features for live in request.images]
+    return not features or (worker.fits_prompt(features) and worker.info.embedding_digest == request.embedding_digest)
 
 
 def _kind(worker: Worker, identity: str) -> CacheKind:

@@ -1,4 +1,4 @@
-"""Prefilling: from the line to a prefill worker, and back into line when nobody holds the KV any more.
+"""Prefilling: into line, from there to a prefill worker, and back when nobody holds the KV any more.
 
 Requests wait here, not at workers: what a worker was given can no longer be overtaken.
 
@@ -9,14 +9,13 @@ from collections import Counter
 from itertools import islice
 
 from control_plane.router.dispatch import worker_messages
-from control_plane.router.dispatch.drain_rate import DrainRate
 from control_plane.router.dispatch.endings import Endings
 from control_plane.router.dispatch.groups import Groups
 from control_plane.router.dispatch.holders import Holders
+from control_plane.router.dispatch.lines import Lines
 from control_plane.router.dispatch.live_request import LiveRequest, Placement, Stage
 from control_plane.router.dispatch.placement import Choice, Placer
 from control_plane.router.dispatch.register import Register
-from control_plane.router.dispatch.request_queue import RequestQueue
 from engine.base import limits
 from engine.base.machine import Send
 
@@ -29,29 +28,32 @@ class Prefilling:
         groups: Groups,
         endings: Endings,
         *,
-        queue: RequestQueue,
+        lines: Lines,
         placer: Placer,
-        drain_rate: DrainRate,
         counters: Counter[tuple[str, str]],
     ) -> None:
         self._register = register
         self._holders = holders
         self._groups = groups
         self._endings = endings
-        self._queue = queue
+        self._lines = lines
+        self._queue, self._drain_rate = lines.prefill
         self._placer = placer
-        self._drain_rate = drain_rate
         self._counters = counters
 
     # -- into line -----------------------------------------------------------------------------------------------------
     def enqueue(self, request: LiveRequest, now_us: int) -> None:
-        self._register.enter(request, Stage.QUEUED, now_us)
-        self._queue.put(request)
+        """For a prefill worker; with images, first for whoever encodes them."""
+        if request.needs_encoding:
+            self._register.name_images(request)
+        self._register.enter(request, Stage.ENCODING if request.needs_encoding else Stage.QUEUED, now_us)
+        self._lines.join(request)
         self._holders.changed = True
 
     def start_over(self, request: LiveRequest, now_us: int) -> list[object]:
-        """Prefill prompt + emitted tokens again. Choices that have begun to differ go on one by one."""
-        actions = self._endings.abort_everywhere(request)
+        """Prefill prompt + emitted tokens again, from its images on: each of them may be held elsewhere next time, and
+        where it was it still is, cached. Choices that have begun to differ go on one by one."""
+        actions = self._endings.withdraw(request)
         self._holders.give_back(request)
         request.moving = False
         request.retry_us = None
@@ -65,11 +67,6 @@ class Prefilling:
         return [*actions, *(action for part in parts for action in self._endings.end_if_stranded(part, now_us))]
 
     # -- out of line ---------------------------------------------------------------------------------------------------
-    @property
-    def may_place(self) -> bool:
-        """Somebody waits, and something has changed since nobody more could be placed."""
-        return self._holders.changed and bool(self._queue)
-
     def place_queued(self, now_us: int) -> list[object]:
         """Give prefill workers what they need to stay busy, in turn. What they do not need yet can still be overtaken
         here."""
@@ -81,7 +78,6 @@ class Prefilling:
             actions.append(self._prefill_at(request, choice, now_us))
         waiting = bool(self._queue) and self._placer.has_prefill_workers
         self._drain_rate.note(placed_tokens, waiting=waiting, now_us=now_us)
-        self._holders.changed = False
         return actions
 
     def _next_placement(self) -> tuple[LiveRequest, Choice] | None:
@@ -89,7 +85,7 @@ class Prefilling:
 
         A tenant that came back after a while is *urgent*: it also goes before prompts that workers were given earlier.
         """
-        if not self._placer.has_room_anywhere(urgent=self._holders.fair):
+        if not (self._queue and self._placer.has_room_anywhere(urgent=self._holders.fair)):
             return None
         in_turn = self._queue.in_turn(self._holders.decode_memory.holds_back)
         for request in islice(in_turn, limits.PLACEMENT_TRIES_MAX):
@@ -120,7 +116,5 @@ class Prefilling:
         submission = request.submission
         submission.stats.prefill_worker = choice.worker.id
         self._counters["placements", f"prefill_{choice.reason}"] += 1
-        if not submission.placed:
-            submission.mark("placed", now_us)
-            if waited_ms := (now_us - submission.submitted_us) // 1_000:
-                self._counters["queue_wait_ms", ""] += waited_ms
+        if submission.first("placed", now_us) and (waited_ms := (now_us - submission.queued_us) // 1_000):
+            self._counters["queue_wait_ms", ""] += waited_ms

@@ -10,8 +10,10 @@ tenants have no hash in common, and neither have exact KV and KV that came throu
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from engine.base import limits
+from engine.images import PromptImage, naming_ids
 from engine.kv.block_hash import block_hashes, root_hash
 
 
@@ -25,18 +27,22 @@ class CacheKind:
 
 
 class BlockHashes:
-    """The hashes of one request's full blocks: computed when first asked for, once for each kind of cache."""
+    """The hashes of one request's full blocks: computed when first asked for, once for each kind of cache.
 
-    def __init__(self, tenant: str, token_ids: Sequence[int]) -> None:
+    A placeholder is named after its image, as in the workers' caches: what it stands for is not in its id.
+    """
+
+    def __init__(self, tenant: str, token_ids: Sequence[int], images: Sequence[PromptImage] = ()) -> None:
         self._tenant = tenant
         self._token_ids = token_ids
+        self._images = images
         self._known: dict[CacheKind, Sequence[bytes]] = {}
 
     def of(self, kind: CacheKind) -> Sequence[bytes]:
         if not 0 < kind.block_size <= len(self._token_ids):
             return ()
         if kind not in self._known:
-            self._known[kind] = block_hashes(self._root(kind), self._token_ids, kind.block_size)
+            self._known[kind] = block_hashes(self._root(kind), self._named_ids, kind.block_size)
         return self._known[kind]
 
     def extended(self, kind: CacheKind, more: Sequence[int]) -> Sequence[bytes]:
@@ -44,9 +50,13 @@ class BlockHashes:
         if kind.block_size <= 0:
             return ()
         hashes = self.of(kind)
-        rest = [*self._token_ids[len(hashes) * kind.block_size :], *more]
+        rest = [*self._named_ids[len(hashes) * kind.block_size :], *more]
         parent = hashes[-1] if hashes else self._root(kind)
         return [*hashes, *block_hashes(parent, rest, kind.block_size)]
+
+    @cached_property
+    def _named_ids(self) -> Sequence[int]:
+        return naming_ids(self._token_ids, self._images) if self._images else self._token_ids
 
     def _root(self, kind: CacheKind) -> bytes:
         return root_hash(self._tenant, kind.schema_digest, kind.identity)

@@ -6,16 +6,18 @@ Also whoever has waited in line for too long: they are refused late, for the sam
 from collections import Counter
 from collections.abc import Sequence
 
+from control_plane.router.dispatch.absences import Absences
 from control_plane.router.dispatch.admission import Admission, Refusal
 from control_plane.router.dispatch.endings import Endings
 from control_plane.router.dispatch.groups import Groups
-from control_plane.router.dispatch.live_request import LiveRequest
+from control_plane.router.dispatch.lines import Lines
+from control_plane.router.dispatch.live_request import LiveRequest, Stage
 from control_plane.router.dispatch.prefilling import Prefilling
 from control_plane.router.dispatch.register import Register
-from control_plane.router.dispatch.request_queue import RequestQueue
 from control_plane.router.dispatch.submissions import Submission
 from control_plane.router.requests import Ended, Submit
 from engine.base.errors import TriptychError
+from engine.types import Role
 
 
 class Reception:
@@ -27,7 +29,8 @@ class Reception:
         prefilling: Prefilling,
         *,
         admission: Admission,
-        queue: RequestQueue,
+        lines: Lines,
+        absences: Absences,
         counters: Counter[tuple[str, str]],
     ) -> None:
         self._register = register
@@ -35,7 +38,8 @@ class Reception:
         self._endings = endings
         self._prefilling = prefilling
         self._admission = admission
-        self._queue = queue
+        self._lines = lines
+        self._absences = absences
         self._counters = counters
         self._arrivals = 0
 
@@ -53,12 +57,15 @@ class Reception:
     def _request(self, submit: Submit, now_us: int) -> LiveRequest:
         deadline_us = now_us + 1_000 * self._admission.total_ms(submit)
         submission = Submission(self._arrivals + 1, submit, now_us, deadline_us)
-        return LiveRequest(0, submission, tuple(range(submit.choices)))
+        stage = Stage.ENCODING if submit.images else Stage.QUEUED
+        return LiveRequest(0, submission, tuple(range(submit.choices)), stage)
 
     def _take_in(self, request: LiveRequest, now_us: int) -> None:
         self._arrivals += 1
         request.submission.number = self._arrivals
         self._open(request.submission)
+        if request.submit.images:
+            self._absences.need(Role.ENCODE, now_us)
         whole = not request.is_group or self._admission.fits(request)
         for part in [request] if whole else self._groups.divide(request):
             self._prefilling.enqueue(self._register.adopt(part), now_us)
@@ -77,7 +84,7 @@ class Reception:
         self._admission.choices.take(submit.tenant, submit.choices)
         self._counters["requests_by_n", str(submit.choices)] += 1
         submission.stats.attempts = 1
-        submission.meter = self._queue.meter(submit.tenant)
+        submission.meter = self._lines.prefill.queue.meter(submit.tenant)
         self._register.deadlines.watch_submission(submission)
 
     def _count(self, refusal: Refusal) -> TriptychError:

@@ -41,12 +41,15 @@ class Submission:
     meter: Meter = field(default_factory=Meter)
     scored_tokens: int = 1  # of the prompt; nothing comes before the first, so it has no score
     transfer_id: str = ""  # of its last binding; none if that needs no transfer
+    image_hits: dict[int, bool] = field(default_factory=dict)  # by index: whether its embedding was cached at first
     hashes: BlockHashes = field(init=False)
-    marks_us: dict[str, int] = field(default_factory=dict)  # first time of: placed, near_turn, token, committed
+    marks_us: dict[str, int] = field(default_factory=dict)  # first time of each step (`phases_ms`), and of placements
 
     def __post_init__(self) -> None:
+        self.stats.image_tokens = sum(each.image.features for each in self.submit.images)
         self.outputs = tuple([] for _ in range(self.submit.choices))
-        self.hashes = BlockHashes(self.submit.cache_scope, self.submit.token_ids)
+        images = [each.image for each in self.submit.images]
+        self.hashes = BlockHashes(self.submit.cache_scope, self.submit.token_ids, images)
 
     @property
     def over(self) -> bool:
@@ -55,7 +58,7 @@ class Submission:
     @property
     def placed(self) -> bool:
         """Some worker was given some of it."""
-        return "placed" in self.marks_us
+        return not self.marks_us.keys().isdisjoint(("encoding", "placed"))
 
     @property
     def scored(self) -> bool:
@@ -101,6 +104,18 @@ class Submission:
         self.mark(name, now_us)
         return not known
 
+    @property
+    def queued_us(self) -> int:
+        """Since when it waits for a prefill worker, or is past it."""
+        return self.marks_us.get("encoded", self.submitted_us)
+
+    def note_image(self, index: int, *, cached: bool) -> None:
+        """Its embedding is there. What counts is the first attempt: later ones find what it has left behind."""
+        self.image_hits.setdefault(index, cached)
+        hits = [self.submit.images[each] for each, hit in self.image_hits.items() if hit]
+        self.stats.image_hits = len(hits)
+        self.stats.cached_image_tokens = sum(each.image.features for each in hits)
+
     def note_cached(self, cached_tokens: int) -> None:
         """The first prefill's: later ones find what the first has computed."""
         if "near_turn" not in self.marks_us:
@@ -109,14 +124,17 @@ class Submission:
     def phases_ms(self, now_us: int) -> dict[str, float]:
         """Time spent in each phase, as the router saw it; of several choices, the first to get there:
 
-        submitted --queue--> near_turn --prefill--> token --transfer--> committed --decode--> ended
+        submitted --encode--> encoded --queue--> near_turn --prefill--> token --transfer--> committed --decode--> ended
+
+        Without images the queue begins at once.
         """
+        encoded = self.marks_us.get("encoded", now_us if self.submit.images else self.submitted_us)
         near_turn = self.marks_us.get("near_turn", now_us)
         token = self.marks_us.get("token", now_us)
         committed = max(token, self.marks_us.get("committed", token))
         return {
-            "queue": (near_turn - self.submitted_us) / 1_000,
-            "encode": 0.0,
+            "encode": (encoded - self.submitted_us) / 1_000,
+            "queue": (near_turn - encoded) / 1_000,
             "prefill": (token - near_turn) / 1_000,
             "transfer": (committed - token) / 1_000,
             "decode": (now_us - committed) / 1_000,

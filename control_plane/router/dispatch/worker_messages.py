@@ -1,15 +1,18 @@
 """What the router tells workers, written from what it knows of a request. Translation only: nothing is decided here."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any, Final
 
+from control_plane.router.dispatch.live_image import LiveImage
 from control_plane.router.dispatch.live_request import LiveRequest
 from control_plane.router.dispatch.workers import Worker
 from control_plane.wire import session_pb2 as pb
-from control_plane.wire.translate import sampling_to_wire
+from control_plane.wire.translate import images_to_wire, sampling_to_wire
+from engine.base import limits
 from engine.base.errors import InvalidArgument
 from engine.base.machine import Send
+from kv_transfer.codecs import RAW
 
 
 def send(worker: Worker, **body: object) -> Send:
@@ -30,6 +33,7 @@ def prefill(request: LiveRequest, *, deadline_ms: int) -> pb.Prefill:
         tenant=request.submit.cache_scope,
         choices=request.choices,
         priority=request.priority,
+        images=_images(request),
     )
 
 
@@ -48,6 +52,7 @@ def reserve(request: LiveRequest, worker: Worker, *, deadline_ms: int) -> pb.Res
         choices=_choices(request),
         **_encoding(request),
         priority=request.priority,
+        images=_images(request),
     )
 
 
@@ -77,8 +82,51 @@ def bind_local(request: LiveRequest) -> pb.Bind:
     )
 
 
+def encode(live: LiveImage, worker: Worker, *, deadline_ms: int, priority: int) -> pb.Encode:
+    assert live.place is not None
+    return pb.Encode(
+        request=live.id,
+        attempt=live.place.attempt,
+        schema_digest=worker.info.embedding_digest,
+        key=live.image.key,
+        features=live.image.features,
+        width=live.picture.width,
+        height=live.picture.height,
+        deadline_ms=deadline_ms,
+        priority=priority,
+    )
+
+
+def pixels(live: LiveImage, start: int, end: int) -> Iterator[pb.Pixels]:
+    """Bytes [start, end) of them, as far as there are any, in pieces."""
+    assert live.place is not None
+    data, size = live.picture.pixels, limits.PIXELS_PIECE_BYTES_MAX
+    for offset in range(start, min(end, len(data)), size):
+        piece = data[offset : min(offset + size, end)]
+        yield pb.Pixels(request=live.id, attempt=live.place.attempt, offset=offset, data=piece)
+
+
+def bind_image(live: LiveImage, worker: Worker, wanted: pb.ImagesWanted, transfer_id: bytes) -> pb.Bind:
+    """From its holder to the worker that computes its prompt, raw."""
+    assert live.place is not None
+    return pb.Bind(
+        request=live.id,
+        attempt=live.place.attempt,
+        target_attempt=wanted.attempt,
+        target=worker.id,
+        target_address=worker.info.address,
+        transfer_id=transfer_id,
+        target_epoch=wanted.epoch,
+        codec=RAW,
+    )
+
+
 def abort(request_id: int, attempt: int) -> pb.Abort:
     return pb.Abort(request=request_id, attempt=attempt)
+
+
+def _images(request: LiveRequest) -> list[pb.PromptImage]:
+    return images_to_wire([each.image for each in request.submit.images])
 
 
 def _encoding(request: LiveRequest) -> dict[str, Any]:

@@ -7,7 +7,7 @@ What workers count is added up here as it is reported, so that the sums outlive 
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from control_plane.router.requests import WorkerView
@@ -51,6 +51,40 @@ class Backlog:
 
 
 @dataclass(slots=True)
+class EncodeLoad:
+    """Images of ours at a worker, by our own count."""
+
+    ahead: dict[int, int] = field(default_factory=dict)  # image id -> tokens that are not encoded yet, oldest first
+    held: dict[int, int] = field(default_factory=dict)  # image id -> columns of its embedding, encoded or not
+    ahead_tokens: int = 0
+    held_columns: int = 0
+    mean_tokens: float = float(limits.ENCODE_IMAGE_TOKENS)  # of an image, lately
+    full: bool = False  # it has said so since its last status
+
+    def add(self, image_id: int, tokens: int, columns: int) -> None:
+        self.ahead[image_id], self.held[image_id] = tokens, columns
+        self.ahead_tokens += tokens
+        self.held_columns += columns
+
+    def encoded(self, image_id: int) -> None:
+        """Its embedding is held; the tower is free for others. Also of one that is not here."""
+        tokens = self.ahead.pop(image_id, 0)
+        self.ahead_tokens -= tokens
+        if tokens:
+            self.mean_tokens += (tokens - self.mean_tokens) / 8
+
+    def remove(self, image_id: int) -> None:
+        """Likewise."""
+        self.ahead_tokens -= self.ahead.pop(image_id, 0)
+        self.held_columns -= self.held.pop(image_id, 0)
+
+    def clear(self) -> None:
+        self.ahead.clear()
+        self.held.clear()
+        self.ahead_tokens = self.held_columns = 0
+
+
+@dataclass(slots=True)
 class Worker:
     """One worker process. `session` is None while there is no link to it.
 
@@ -69,6 +103,7 @@ class Worker:
     backlog: Backlog = field(default_factory=Backlog)  # of all prompts
     urgent: Backlog = field(default_factory=Backlog)  # of those among them that go before the others
     bound: int = 0  # reservations and decodes of ours there
+    images: EncodeLoad = field(default_factory=EncodeLoad)
 
     @property
     def id(self) -> str:
@@ -92,6 +127,31 @@ class Worker:
 
     def has(self, role: Role) -> bool:
         return role.value in self.info.roles
+
+    # -- images --------------------------------------------------------------------------------------------------------
+    @property
+    def sees(self) -> bool:
+        """It has memory for embeddings."""
+        return bool(self.info.embedding_digest) and self.info.embedding_columns > 0
+
+    @property
+    def encode_columns(self) -> int:
+        """What may be held there for encodes. Half where prompts are computed too: embeddings held at two workers, each
+        for a prompt that waits for memory at the other one, would hold each other up for ever."""
+        columns = self.info.embedding_columns
+        return columns // 2 if self.has(Role.PREFILL) else columns
+
+    @property
+    def prompt_columns(self) -> int:
+        """What one prompt's images may hold there."""
+        return self.info.embedding_columns - self.encode_columns
+
+    def fits_prompt(self, features: Sequence[int]) -> bool:
+        """It has memory for so many images of one prompt, once others have left."""
+        return self.sees and sum(map(self.columns_for, features)) <= self.prompt_columns
+
+    def columns_for(self, features: int) -> int:
+        return -(-features // (self.info.block_size_tokens or limits.BLOCK_SIZE_TOKENS))
 
 
 class WorkerPool:
@@ -152,6 +212,7 @@ class WorkerPool:
         if status.worker != worker.id:
             raise FrameError("identity")
         worker.status = status
+        worker.images.full = False
         self._count(worker, dict(status.counters))
         looked_up = {"hits": status.prefix_hit_tokens, "queries": status.prefix_query_tokens}
         for name, count in looked_up.items():
@@ -183,9 +244,28 @@ class WorkerPool:
         return sorted((w for w in self if w.serving and w.has(role)), key=lambda w: w.id)
 
     @property
+    def encoders(self) -> list[Worker]:
+        """Workers that can be asked to encode an image now: the encode workers, then those that could do it too."""
+        able = [*self.holding(Role.ENCODE), *self.holding(Role.PREFILL)]
+        return list({worker.id: worker for worker in able if worker.sees}.values())
+
+    def able(self, role: Role) -> bool:
+        """Whether anybody can be asked for this, by role or otherwise."""
+        return bool(self.encoders if role is Role.ENCODE else self.holding(role))
+
+    def fits_images(self, features: Sequence[int]) -> bool:
+        """Whether some workers, when idle, have memory for all of these embeddings: one to encode them, and one to
+        compute their prompt. If one can hold all, so can any number of them together. Where nobody sees, one may come
+        who has."""
+        encoders, readers = self.encoders, [worker for worker in self.holding(Role.PREFILL) if worker.sees]
+        encode = any(sum(map(w.columns_for, features)) <= w.encode_columns for w in encoders)
+        return not (encoders and readers) or (encode and any(w.fits_prompt(features) for w in readers))
+
+    @property
     def max_model_len(self) -> int:
         """Tokens that one request may have at any worker it could be placed at. Zero in the table: not said."""
-        told = (w.info.max_model_len for w in self if w.serving and w.info.max_model_len)
+        computing = (w for w in self if w.has(Role.PREFILL) or w.has(Role.DECODE))
+        told = (w.info.max_model_len for w in computing if w.serving and w.info.max_model_len)
         return min(told, default=limits.PROMPT_TOKENS_MAX)
 
     @property
@@ -231,6 +311,9 @@ class WorkerPool:
             lent_columns=worker.status.lent_columns,
             tasks=worker.status.tasks,
             cached_columns=worker.status.cached_columns,
+            encoding=worker.status.encoding,
+            free_embedding_columns=worker.status.free_embedding_columns,
+            embedding_columns=worker.status.embedding_columns,
         )
 
 

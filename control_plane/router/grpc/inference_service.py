@@ -60,6 +60,7 @@ class InferenceService(pb_grpc.InferenceServicer):
             max_choices=limits.CHOICES_MAX,
             max_logprobs=limits.LOGPROBS_MAX,
             model_dtype=self._facts.model_dtype,
+            max_images=card.images_max,
         )
 
     @answered
@@ -170,12 +171,32 @@ def prompt_fields(request: pb.GenerateRequest) -> dict[str, Any]:
 
 def chat_fields(chat: pb.Chat) -> dict[str, Any]:
     messages = at_most(chat.messages, limits.MESSAGES_MAX)
-    fields: dict[str, Any] = {"messages": [{"role": said.role, "content": said.content} for said in messages]}
+    fields: dict[str, Any] = {"messages": [{"role": said.role, "content": content(said)} for said in messages]}
     switches = ("add_generation_prompt", "continue_final_message")
     fields |= {name: getattr(chat, name) for name in switches if chat.HasField(name)}
     if chat.chat_template_kwargs_json:
         fields["chat_template_kwargs"] = _json_untrusted("chat_template_kwargs_json", chat.chat_template_kwargs_json)
     return fields
+
+
+def content(said: pb.ChatMessage) -> str | list[dict[str, Any]]:
+    if not said.parts:
+        return said.content
+    if said.content:
+        raise refuse("content", "and parts cannot both be given")
+    return list(map(_part, at_most(said.parts, limits.MESSAGE_PARTS_MAX)))
+
+
+def _part(part: pb.ContentPart) -> dict[str, Any]:
+    """As HTTP has it; only here an image may be a file."""
+    match part.WhichOneof("part"):
+        case "text":
+            return {"type": "text", "text": part.text}
+        case "image":
+            source = part.image.WhichOneof("source")
+            return {"type": "image_url", "image_url": getattr(part.image, source) if source else None}
+        case _:
+            return {"type": ""}
 
 
 def chat_logprobs(sampling: pb.GenerateSampling) -> dict[str, Any]:

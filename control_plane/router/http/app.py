@@ -43,6 +43,7 @@ from control_plane.router.http.responses import (
 from control_plane.router.metrics import RouterMetrics
 from control_plane.router.text.vocabulary import ModelCard
 from control_plane.router.validation.body import BodyMemory
+from control_plane.router.validation.cutouts import Body
 from control_plane.router.validation.validator import ValidatedRequest, Validator
 from engine.base import limits
 from engine.base.errors import NotFound, PermissionDenied, TriptychError
@@ -57,6 +58,7 @@ NOT_YET: Final = ("/v1/responses", "/v1/messages", "/v1/embeddings", "/v1/rerank
 class Config:
     version: str = "0"
     body_bytes_max: int = limits.BODY_BYTES_MAX
+    image_body_bytes_max: int = limits.IMAGE_BODY_BYTES_MAX  # with images
     body_read_ms: int = limits.BODY_READ_MS
     bodies_held_bytes_max: int = limits.BODIES_HELD_BYTES_MAX
 
@@ -74,8 +76,14 @@ def public_app(
     config = config or Config()
     keys = keys or Keys()
     memory = BodyMemory(config.bodies_held_bytes_max, tenants=len(keys.names))
-    intake = Intake(memory, config.body_bytes_max, config.body_read_ms)
-    front = Front(edge=edge, keys=keys, intake=intake, clock_us=validator.clock_us, wall_s=wall_s)
+    intake = image_intake = Intake(memory, config.body_bytes_max, config.body_read_ms)
+    if validator.sees:
+        image_intake = Intake(
+            memory, config.image_body_bytes_max, config.body_read_ms, json_bytes_max=config.body_bytes_max
+        )
+    front = Front(
+        edge=edge, keys=keys, intake=intake, image_intake=image_intake, clock_us=validator.clock_us, wall_s=wall_s
+    )
     calls = _calls(front, validator)
     others = Guarded(
         _application(
@@ -130,22 +138,28 @@ def admin_app(
 
 # -- calls with bodies -------------------------------------------------------------------------------------------------
 def _calls(front: Front, validator: Validator) -> dict[str, ASGIApp]:
-    async def chat(body: bytes, caller: Caller) -> list[ValidatedRequest]:
+    async def completion(body: Body, caller: Caller) -> list[ValidatedRequest]:
+        return await validator.completion(body.json, caller)
+
+    async def chat(body: Body, caller: Caller) -> list[ValidatedRequest]:
         return [await validator.chat(body, caller)]
+
+    async def detokenize(body: Body, tenant: Tenant) -> dict[str, Any]:
+        return await validator.detokenize(body.json, tenant)
 
     refused = front.edge.refused
     return {
-        COMPLETIONS: Generation(front, validator.completion),
-        CHAT: Generation(front, chat),
-        "/tokenize": JsonCall(front.keys, front.intake, validator.tokenize, refused),
-        "/detokenize": JsonCall(front.keys, front.intake, validator.detokenize, refused),
+        COMPLETIONS: Generation(front, front.intake, completion),
+        CHAT: Generation(front, front.image_intake, chat),
+        "/tokenize": JsonCall(front.keys, front.image_intake, validator.tokenize, refused),
+        "/detokenize": JsonCall(front.keys, front.intake, detokenize, refused),
         "/abort_requests": JsonCall(front.keys, front.intake, _abort(front.edge.abort), refused),
     }
 
 
-def _abort(abort: Callable[[str, Tenant], None]) -> Callable[[bytes, Tenant], Awaitable[None]]:
-    async def work(body: bytes, tenant: Tenant) -> None:
-        for id in aborted_ids_untrusted(body):
+def _abort(abort: Callable[[str, Tenant], None]) -> Callable[[Body, Tenant], Awaitable[None]]:
+    async def work(body: Body, tenant: Tenant) -> None:
+        for id in aborted_ids_untrusted(body.json):
             abort(id, tenant)
 
     return work

@@ -25,12 +25,13 @@ from control_plane.router.edge import Edge
 from control_plane.router.http.headers import Headers, caller_untrusted, headers_read, label_of, tenant_of
 from control_plane.router.http.intake import ClientGone, Departure, Intake
 from control_plane.router.http.responses import send_error
+from control_plane.router.validation.cutouts import Body
 from control_plane.router.validation.validator import ValidatedRequest
 
 log = logging.getLogger("triptych.router")
 
 NOBODY = Tenant()  # whose key has not been looked at
-ReadBody = Callable[[bytes, Caller], Awaitable[Sequence[ValidatedRequest]]]
+ReadBody = Callable[[Body, Caller], Awaitable[Sequence[ValidatedRequest]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +41,7 @@ class Front:
     edge: Edge
     keys: Keys
     intake: Intake
+    image_intake: Intake  # of what may hold images; the same one where the model sees none
     clock_us: Callable[[], int]  # the validator's: deadlines run from when a request was taken in
     wall_s: Callable[[], float]
 
@@ -47,8 +49,9 @@ class Front:
 class Generation:
     """`POST /v1/completions` or `POST /v1/chat/completions`: they differ in who reads the body."""
 
-    def __init__(self, front: Front, read_body: ReadBody) -> None:
+    def __init__(self, front: Front, intake: Intake, read_body: ReadBody) -> None:
         self._front = front
+        self._intake = intake
         self._edge = front.edge
         self._read_body = read_body
 
@@ -72,8 +75,7 @@ class Generation:
     async def _open(self, headers: Headers, tenant: Tenant, receive: Receive, departure: Departure) -> PromptStreams:
         caller = caller_untrusted(headers, tenant, self._front.clock_us())
         self._edge.check_room()
-        intake = self._front.intake
-        requests = await intake.take(receive, departure, tenant, lambda body: self._read_body(body, caller))
+        requests = await self._intake.take(receive, departure, tenant, lambda body: self._read_body(body, caller))
         return PromptStreams(self._edge.open_all(requests))
 
     async def _serve(self, streams: PromptStreams, send: Send) -> None:

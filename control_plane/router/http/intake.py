@@ -15,6 +15,7 @@ from starlette.types import Receive
 from control_plane.router.access.tenants import Tenant
 from control_plane.router.http.responses import BodyTooSlow
 from control_plane.router.validation.body import BodyMemory, HeldBody
+from control_plane.router.validation.cutouts import Body
 
 T = TypeVar("T")
 
@@ -81,16 +82,20 @@ def _nothing() -> None:
 class Intake:
     """Reads the bodies of one port's requests."""
 
-    def __init__(self, memory: BodyMemory, body_bytes_max: int, body_read_ms: int) -> None:
+    def __init__(
+        self, memory: BodyMemory, body_bytes_max: int, body_read_ms: int, *, json_bytes_max: int | None = None
+    ) -> None:
+        """`json_bytes_max`: of what is no image, in bodies that may hold images."""
         self._memory = memory
         self._body_bytes_max = body_bytes_max
         self._body_read_ms = body_read_ms
+        self._json_bytes_max = json_bytes_max
 
     async def take(
-        self, receive: Receive, departure: Departure, tenant: Tenant, work: Callable[[bytes], Awaitable[T]]
+        self, receive: Receive, departure: Departure, tenant: Tenant, work: Callable[[Body], Awaitable[T]]
     ) -> T:
         """What `work` makes of the whole body. Raises `ClientGone`, also while it works."""
-        with self._memory.hold(self._body_bytes_max, tenant.name) as body:
+        with self._memory.hold(self._body_bytes_max, tenant.name, json_bytes_max=self._json_bytes_max) as body:
             await self._read(receive, body)
             departure.watch()
             async with departure.interrupts():

@@ -17,10 +17,11 @@ from control_plane.router.client_errors import as_ours
 from control_plane.router.http.headers import headers_read, label_of, tenant_of
 from control_plane.router.http.intake import ClientGone, Departure, Intake
 from control_plane.router.http.responses import json_response, send_error
+from control_plane.router.validation.cutouts import Body
 from engine.base import limits
 from engine.base.errors import InvalidArgument, TriptychError
 
-Work = Callable[[bytes, Tenant], Awaitable[Any]]
+Work = Callable[[Body, Tenant], Awaitable[Any]]
 """From a body to a value for JSON, or to None: then the answer has no body, as vLLM's have where nothing is asked."""
 
 

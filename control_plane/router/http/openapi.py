@@ -70,11 +70,17 @@ OPERATIONS: Final = (
         answer="ChatCompletion",
         streams="ChatCompletionChunk",
         work=True,
+        others=(403,),  # an image from where none may be fetched
     ),
     Operation(path="/v1/models", summary="What is served", answer="Models"),
     Operation(path="/v1/models/{name}", summary="One model", answer="Model", others=(404,)),
     Operation(
-        path="/tokenize", summary="Text to token ids", method="post", request="TokenizeRequest", answer="Tokenized"
+        path="/tokenize",
+        summary="Text to token ids",
+        method="post",
+        request="TokenizeRequest",
+        answer="Tokenized",
+        others=(403,),
     ),
     Operation(
         path="/detokenize",

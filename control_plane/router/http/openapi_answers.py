@@ -73,7 +73,10 @@ def _ending() -> dict[str, Schema]:
 
 def usage() -> Schema:
     names = ("prompt_tokens", "completion_tokens", "total_tokens")
-    details = record({"cached_tokens": count("not computed again")}, "of the prompt")
+    images = record({"image": count("that stand for images")}, "only where there are any")
+    hits = record({"image": count("of images that did not go through the tower again")}, "only where there are any")
+    cached = {"cached_tokens": count("not computed again"), "cached_multimodal_tokens": hits}
+    details = record(cached | {"multimodal_tokens": images}, "of the prompt")
     properties = {name: count("") for name in names} | {"prompt_tokens_details": details}
     return record(properties, "tokens of all prompts and choices together", required=names)
 

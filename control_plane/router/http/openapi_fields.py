@@ -240,7 +240,7 @@ def completion(card: ModelCard) -> Schema:
 
 def chat(card: ModelCard) -> Schema:
     own = {
-        **conversation(),
+        **conversation(card),
         "max_completion_tokens": integer("the newer name of max_tokens", 0, limits.OUTPUT_TOKENS_MAX),
         "logprobs": boolean("score the output's tokens"),
         "top_logprobs": integer("with so many alternatives; needs logprobs", 0, limits.LOGPROBS_MAX),
@@ -254,7 +254,7 @@ def tokenize(card: ModelCard) -> Schema:
     own = {
         "model": model(card),
         "prompt": string("a text; or else messages"),
-        **conversation(),
+        **conversation(card),
         "add_special_tokens": boolean("begin with the model's special tokens, where it has any"),
         "return_token_strs": boolean("the tokens' own texts beside their ids"),
     }
@@ -290,12 +290,12 @@ def _several(card: ModelCard) -> list[Schema]:
     return [{"type": "array", "items": one, "minItems": 1, "maxItems": limits.PROMPTS_MAX} for one in _one_prompt(card)]
 
 
-def conversation() -> dict[str, Schema]:
+def conversation(card: ModelCard) -> dict[str, Schema]:
     variable = {"type": "string", "maxLength": limits.TEMPLATE_VARIABLE_CHARACTERS_MAX}
     return {
         "messages": {
             "type": "array",
-            "items": message(),
+            "items": message(card),
             "minItems": 1,
             "maxItems": limits.MESSAGES_MAX,
             "description": "what was said so far",
@@ -312,24 +312,49 @@ def conversation() -> dict[str, Schema]:
     }
 
 
-def message() -> Schema:
-    """Only an assistant's may be without content: OpenAI's own answers say null beside tool calls."""
-    kind = {"enum": [*chat_fields.TEXT_PARTS]}
-    part = record({"type": kind, "text": _text()}, "a piece of text", required=["type", "text"])
-    contents = [_text(), {"type": "array", "items": part, "maxItems": limits.MESSAGE_PARTS_MAX}]
+def message(card: ModelCard) -> Schema:
+    """Only an assistant's may be without content: OpenAI's own answers say null beside tool calls. Only a user's may
+    have images."""
+    contents, seen = _contents(_text_part()), _contents(_text_part(), _image_part(card))
     names = {
         "name": string("who of several said it", maxLength=limits.MESSAGE_NAME_CHARACTERS_MAX),
         "tool_call_id": string("whose result it is", maxLength=limits.MESSAGE_NAME_CHARACTERS_MAX),
     }
-    others = {"enum": [role for role in chat_fields.ROLES if role != "assistant"]}
+    others = {"enum": [role for role in chat_fields.ROLES if role not in ("assistant", "user")]}
+    asked = {
+        "role": {"const": "user"},
+        "content": either("what was said", *(seen if card.images_max else contents)),
+        **names,
+    }
     told = {"role": others, "content": either("what was said", *contents), **names}
     answered = {"role": {"const": "assistant"}, "content": either("what was said", *contents, NULL), **names}
     return {
         "anyOf": [
+            record(asked, "a user's turn", required=["role", "content"]),
             record(told, "a turn", required=["role", "content"]),
             record(answered, "the model's turn", required=["role"]),
         ]
     }
+
+
+def _contents(*parts: Schema) -> list[Schema]:
+    one = parts[0] if len(parts) == 1 else {"anyOf": [*parts]}
+    return [_text(), {"type": "array", "items": one, "maxItems": limits.MESSAGE_PARTS_MAX}]
+
+
+def _text_part() -> Schema:
+    kind = {"enum": [*chat_fields.TEXT_PARTS]}
+    return record({"type": kind, "text": _text()}, "a piece of text", required=["type", "text"])
+
+
+def _image_part(card: ModelCard) -> Schema:
+    url = {"type": "string", "description": "data:image/png;base64,...; others only where the operator allows them"}
+    detail = {"enum": [None, *chat_fields.DETAILS], "description": "it changes nothing here"}
+    source = either("where it is", url, record({"url": url, "detail": detail}, "likewise", required=["url"]))
+    label = string("a name in your own books; it changes nothing here", maxLength=limits.REQUEST_ID_CHARACTERS_MAX)
+    properties = {"type": {"enum": [*chat_fields.IMAGE_PARTS]}, "image_url": source, "uuid": label}
+    text = f"an image, of at most {card.images_max} in all: PNG, JPEG, WebP, or the first frame of a GIF"
+    return record(properties, text, required=["type", "image_url"])
 
 
 # -- values ------------------------------------------------------------------------------------------------------------

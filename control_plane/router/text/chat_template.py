@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from control_plane.router.text.special_tokens import SpecialTokens, unused_mark
 from control_plane.router.text.tokenizer_config import read_tokenizer_config, special_names
-from control_plane.router.validation.chat_fields import Conversation
+from control_plane.router.validation.chat_fields import Conversation, texts_of
 from control_plane.router.validation.fields import refuse
 from engine.base import limits
 from engine.base.errors import InvalidArgument
@@ -79,8 +79,11 @@ class ChatTemplate:
         mark = _mark_for(conversation, special)
         messages = [_marked(message, special, mark) for message in conversation.messages]
         variables = _marked(conversation.variables, special, mark)
+        if self._takes_parts or conversation.images:
+            messages = [_with_parts(message) for message in messages]
+        final = ""
         if conversation.continue_final_message:
-            messages[-1] = {**messages[-1], "content": messages[-1]["content"] + CONTINUED}
+            messages[-1], final = _continued(messages[-1])
         try:
             text = self._run(messages, conversation.add_generation_prompt, variables)
         except InvalidArgument:
@@ -88,7 +91,7 @@ class ChatTemplate:
         except Exception:  # a template may raise on purpose, or break on what it did not expect
             raise refuse("messages", "the model's chat template does not take this conversation") from None
         if conversation.continue_final_message:
-            text = _cut_at_tag(text, messages[-1]["content"].removesuffix(CONTINUED))
+            text = _cut_at_tag(text, final)
         return Rendered(text, mark)
 
     def _run(self, messages: list[dict[str, Any]], add_generation_prompt: bool, variables: Mapping[str, Any]) -> str:
@@ -98,17 +101,13 @@ class ChatTemplate:
                 **variables,
                 **self._variables,
                 _WATCH: watch,
-                "messages": [self._with_parts(message) for message in messages] if self._takes_parts else messages,
+                "messages": messages,
                 "tools": None,
                 "documents": None,
                 "add_generation_prompt": add_generation_prompt,
             }
         )
         return "".join([watch.passes(piece) for piece in pieces])
-
-    @staticmethod
-    def _with_parts(message: dict[str, Any]) -> dict[str, Any]:
-        return {**message, "content": [{"type": "text", "text": message["content"]}]}
 
     def _try_out(self) -> None:
         """One that never ends must not keep the process from saying so: its thread is left behind, after a time by the
@@ -154,7 +153,7 @@ class _Watch:
 # -- users' text -------------------------------------------------------------------------------------------------------
 def _mark_for(conversation: Conversation, special: SpecialTokens) -> str:
     """The common case is that nobody wrote the name of a special token, and the template sees texts as they are."""
-    texts = [text for message in conversation.messages for name, text in message.items() if name != "role"]
+    texts = [text for message in conversation.messages for text in texts_of(message)]
     texts += [value for value in conversation.variables.values() if isinstance(value, str)]
     if not any(map(special.touched_by, texts)):
         return ""
@@ -168,9 +167,32 @@ def _marked(values: Mapping[str, Any], special: SpecialTokens, mark: str) -> dic
     if not mark:
         return dict(values)
     return {
-        name: special.marked(value, mark) if isinstance(value, str) and name != "role" else value
+        name: value if name in ("role", "type") else _marked_value(value, special, mark)
         for name, value in values.items()
     }
+
+
+def _marked_value(value: Any, special: SpecialTokens, mark: str) -> Any:
+    if isinstance(value, str):
+        return special.marked(value, mark)
+    return [_marked(part, special, mark) for part in value] if isinstance(value, list) else value
+
+
+# -- contents ----------------------------------------------------------------------------------------------------------
+def _with_parts(message: dict[str, Any]) -> dict[str, Any]:
+    content = message["content"]
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
+
+
+def _continued(message: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """The message with a tag at its end, and the text that the tag stands behind."""
+    content = message["content"]
+    if isinstance(content, str):
+        return {**message, "content": content + CONTINUED}, content
+    *before, last = content
+    if "text" not in last:
+        raise refuse("continue_final_message", "the final message must end with text")
+    return {**message, "content": [*before, {**last, "text": last["text"] + CONTINUED}]}, last["text"]
 
 
 def _cut_at_tag(text: str, final: str) -> str:

@@ -31,6 +31,8 @@ class ModelCard:
     vocab_size: int
     max_model_len: int
     eos_token_ids: tuple[int, ...] = ()
+    images_max: int = 0  # in one conversation; 0: it takes text only
+    image_token_id: int | None = None  # that stands for images, and that no prompt of ids may hold
 
 
 COMPOSED_CHARACTERS_MAX: Final = 4  # code points that Unicode's normal forms join into one (U+1F82 is made of four)

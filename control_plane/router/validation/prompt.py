@@ -9,12 +9,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
+from control_plane.router.requests import SubmittedImage
 from control_plane.router.side_thread import SideThread
 from control_plane.router.text.chat_template import ChatTemplate
 from control_plane.router.text.vocabulary import ModelCard, Vocabulary
 from control_plane.router.validation import body as bodies
 from control_plane.router.validation.chat_fields import Conversation
 from control_plane.router.validation.fields import Fields, boolean, check_token_ids, optional_integer, refuse
+from control_plane.router.validation.image_prompt import Seen
 from engine.base import limits
 from engine.base.errors import InvalidArgument
 
@@ -32,6 +34,7 @@ Result = TypeVar("Result")
 class Prompt:
     token_ids: tuple[int, ...]
     echo_text: str | None  # None: the client does not want it back
+    images: tuple[SubmittedImage, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +126,7 @@ class PromptEncoder:
         if texts:
             wholes = await self.run(encode, characters=weight(texts), wait_ms=wait_ms, tenant=tenant)
         ids = [self._cut(whole, fields, output_tokens, "prompt") for whole in wholes]
+        self._check_placeholders(ids, "prompt")
         if sum(map(len, ids)) > limits.PROMPT_TOKENS_MAX:
             raise refuse("prompt", f"at most {limits.PROMPT_TOKENS_MAX} tokens in all prompts together")
         if not fields.echo:
@@ -137,41 +141,52 @@ class PromptEncoder:
         template: ChatTemplate,
         fields: PromptFields,
         *,
+        seen: Seen | None = None,
         output_tokens: int,
         wait_ms: int,
         tenant: str,
     ) -> Prompt:
+        if seen is not None and seen.features > self._tokens_max:
+            raise self._too_long(f"{seen.features} for images", "messages")
         whole = await self.chat_ids(
             conversation,
             template,
+            seen=seen,
             add_special_tokens=fields.add_special_tokens,
             check=lambda characters: self._check_characters(characters, fields, "messages"),
             wait_ms=wait_ms,
             tenant=tenant,
         )
         ids = self._cut(whole, fields, output_tokens, "messages")
-        return Prompt(tuple(ids), conversation.echo_text() if fields.echo else None)
+        if seen is None:
+            self._check_placeholders([ids], "messages")
+        images = seen.placed(ids) if seen is not None else ()
+        return Prompt(tuple(ids), conversation.echo_text() if fields.echo else None, images)
 
     async def chat_ids(
         self,
         conversation: Conversation,
         template: ChatTemplate,
         *,
+        seen: Seen | None = None,
         add_special_tokens: bool,
         check: Callable[[int], None],
         wait_ms: int,
         tenant: str,
     ) -> list[int]:
-        """`check` is told how long the rendered text is, and raises if that is too long."""
+        """`check` is told how long the rendered text is, without its images, and raises if that is too long."""
+        features = 0 if seen is None else seen.features
+        if features > limits.PROMPT_TOKENS_MAX:
+            raise refuse("messages", f"at most {limits.PROMPT_TOKENS_MAX} tokens, got {features} for images")
 
         def encode() -> list[int]:
             rendered = template.render(conversation, self._vocabulary.guarded)
             check(len(rendered.text))
-            return self._vocabulary.encode_chat(
-                rendered.text, mark=rendered.mark, add_special_tokens=add_special_tokens
-            )
+            text = rendered.text if seen is None else seen.expanded(rendered.text)
+            return self._vocabulary.encode_chat(text, mark=rendered.mark, add_special_tokens=add_special_tokens)
 
         characters = conversation.characters + CHARACTERS_PER_MESSAGE * len(conversation.messages)
+        characters += CHARACTERS_PER_TOKEN * features
         return await self.run(encode, characters=characters, wait_ms=wait_ms, tenant=tenant)
 
     def _cut(self, whole: list[Any], fields: PromptFields, output_tokens: int, field: str) -> list[int]:
@@ -182,6 +197,12 @@ class PromptEncoder:
             raise self._too_long(f"{len(ids)}", field)
         check_token_ids(ids, self._card.vocab_size, field=field)
         return ids
+
+    def _check_placeholders(self, prompts: Sequence[Sequence[int]], field: str) -> None:
+        """Only we say what is an image (reliability D14)."""
+        placeholder = self._card.image_token_id
+        if placeholder is not None and any(placeholder in ids for ids in prompts):
+            raise refuse(field, "must not hold the token that stands for images; they are parts of a chat's messages")
 
     def _kept(self, keep_tokens: int, output_tokens: int) -> int:
         if keep_tokens > 0:

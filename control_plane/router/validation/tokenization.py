@@ -15,6 +15,7 @@ from control_plane.router.text.vocabulary import ModelCard, Vocabulary
 from control_plane.router.validation import body as bodies
 from control_plane.router.validation import chat_fields
 from control_plane.router.validation.fields import Fields, boolean, check_token_ids, refuse
+from control_plane.router.validation.image_prompt import Sight
 from control_plane.router.validation.prompt import CHARACTERS_PER_TOKEN, PromptEncoder
 from engine.base import limits
 
@@ -34,12 +35,18 @@ DETOKENIZE: Final = frozenset(("model", "tokens"))
 
 class Tokenization:
     def __init__(
-        self, card: ModelCard, vocabulary: Vocabulary, prompts: PromptEncoder, chat: ChatTemplate | None
+        self,
+        card: ModelCard,
+        vocabulary: Vocabulary,
+        prompts: PromptEncoder,
+        chat: ChatTemplate | None,
+        sight: Sight | None = None,
     ) -> None:
         self._card = card
         self._vocabulary = vocabulary
         self._prompts = prompts
         self._chat = chat
+        self._sight = sight
 
     async def tokenize(self, fields: Fields, *, wait_ms: int, tenant: str) -> dict[str, Any]:
         """{"prompt": ...} or {"messages": ...}. Longer texts than the model takes are no mistake here."""
@@ -93,9 +100,15 @@ class Tokenization:
 
     async def _conversation(self, fields: Fields, wait_ms: int, tenant: str) -> list[int]:
         template, with_special = require_template(self._chat), boolean(fields, "add_special_tokens")
+        conversation = chat_fields.read_conversation(fields, self._card.images_max)
+        seen = None
+        if self._sight is not None and conversation.images:
+            seen = await self._sight.look(conversation.images, wait_ms=wait_ms, tenant=tenant)
+            seen.held.release()  # their sizes are all that is asked for
         return await self._prompts.chat_ids(
-            chat_fields.read_conversation(fields),
+            conversation,
             template,
+            seen=seen,
             add_special_tokens=with_special,
             check=lambda characters: self._check_characters(characters, "messages"),
             wait_ms=wait_ms,

@@ -25,6 +25,8 @@ import msgspec
 
 from control_plane.router.access.caller import Caller
 from control_plane.router.access.tenants import EVERYBODY, Tenant
+from control_plane.router.media.reader import HeldImages
+from control_plane.router.requests import SubmittedImage
 from control_plane.router.side_thread import SideThread
 from control_plane.router.text.chat_template import ChatTemplate
 from control_plane.router.text.vocabulary import ModelCard, Vocabulary
@@ -32,7 +34,9 @@ from control_plane.router.validation import body as bodies
 from control_plane.router.validation import chat_fields, tokenization
 from control_plane.router.validation.answer_fields import STREAM_OPTIONS, read_answer
 from control_plane.router.validation.body import BodyShape
+from control_plane.router.validation.chat_fields import Conversation
 from control_plane.router.validation.constraint_fields import NamedConstraint, read_constraint
+from control_plane.router.validation.cutouts import Body
 from control_plane.router.validation.fields import (
     Fields,
     object_or_empty,
@@ -41,6 +45,7 @@ from control_plane.router.validation.fields import (
     refuse,
     word,
 )
+from control_plane.router.validation.image_prompt import Seen, Sight
 from control_plane.router.validation.knob_fields import Knobs, read_knobs
 from control_plane.router.validation.prompt import Prompt, PromptEncoder, PromptFields, read_sources, weight
 from control_plane.router.validation.sampling_fields import encode_bad_words, read_bad_words, read_sampling
@@ -96,7 +101,10 @@ DETOKENIZE: Final = Dialect(tokenization.DETOKENIZE, {}, {"tokens"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ValidatedRequest:
-    """A request that can be served as it stands. Nothing below the edge checks these values again for clients' sake."""
+    """A request that can be served as it stands. Nothing below the edge checks these values again for clients' sake.
+
+    Whoever has it submits it, or releases its images.
+    """
 
     token_ids: tuple[int, ...]
     sampling: SamplingParams
@@ -122,6 +130,18 @@ class ValidatedRequest:
     label: str = ""  # the client's own id: printed, never a key
     chat: bool = False  # it was asked for as a conversation, and is answered as one
     constraint_field: str = ""  # which of the fields for one holds the constraint: for whoever finds a fault in it
+    images: tuple[SubmittedImage, ...] = ()
+    image_tokens: int = 0  # of `token_ids`
+    held: HeldImages | None = None  # what the images' pixels count for, until the request ends
+
+    def release(self) -> None:
+        """It is over, or never became one."""
+        if self.held is not None:
+            self.held.release()
+
+    def without_pixels(self) -> "ValidatedRequest":
+        """For who goes on with it when it is submitted."""
+        return replace(self, images=(), held=None) if self.images else self
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +219,10 @@ class Validator:
         check_constraint: CheckConstraint,
         clock_us: Callable[[], int] | None = None,
         chat: ChatTemplate | None = None,
+        sight: Sight | None = None,
     ) -> None:
+        """`sight`: of a model that sees, whose card says of how many images."""
+        assert (sight is not None) == (card.images_max > 0)
         self.clock_us = clock_us or _loop_us  # whoever takes a request in reads it first: deadlines run from then
         self._config = config
         self._card = card
@@ -207,6 +230,7 @@ class Validator:
         self._draw_seed = draw_seed
         self._check_constraint = check_constraint
         self._chat = chat
+        self._sight = sight
         self._unknown = UnknownFields(count_unknown, config.unknown_names_max)
         self._prompts = PromptEncoder(
             card,
@@ -215,7 +239,7 @@ class Validator:
             waiting_max=config.encodes_waiting_max,
             tenants=config.tenants,
         )
-        self._tokenization = Tokenization(card, vocabulary, self._prompts, chat)
+        self._tokenization = Tokenization(card, vocabulary, self._prompts, chat, sight)
         # Not the prompts' thread: a hostile grammar must not stand before other clients' prompts.
         self._checks = SideThread(
             "check", waiting_max=config.constraint_checks_waiting_max, what="constraints", tenants=config.tenants
@@ -224,13 +248,20 @@ class Validator:
     def close(self) -> None:
         self._prompts.close()
         self._checks.close()
+        if self._sight is not None:
+            self._sight.close()
+
+    @property
+    def sees(self) -> bool:
+        """Conversations may have images: their bodies may be larger."""
+        return self._sight is not None
 
     # -- what clients ask for ------------------------------------------------------------------------------------------
     async def completion(self, body: bytes, caller: Caller = NOBODY) -> list[ValidatedRequest]:
         """The body of `POST /v1/completions`: one request for each of its prompts, in their order."""
         return await self._completions(_decoded(body, COMPLETIONS), caller)
 
-    async def chat(self, body: bytes, caller: Caller = NOBODY) -> ValidatedRequest:
+    async def chat(self, body: bytes | Body, caller: Caller = NOBODY) -> ValidatedRequest:
         """The body of `POST /v1/chat/completions`."""
         return await self._conversation(_decoded(body, CHAT), caller)
 
@@ -243,7 +274,7 @@ class Validator:
         (request,) = await self._completions(fields, caller)
         return request
 
-    async def tokenize(self, body: bytes, tenant: Tenant = EVERYBODY) -> dict[str, Any]:
+    async def tokenize(self, body: bytes | Body, tenant: Tenant = EVERYBODY) -> dict[str, Any]:
         """`POST /tokenize`"""
         fields = self._known(_decoded(body, TOKENIZE), TOKENIZE)
         return await self._tokenization.tokenize(fields, wait_ms=self._config.deadline_ms_default, tenant=tenant.name)
@@ -291,10 +322,37 @@ class Validator:
             output_tokens=optional_integer(fields, output_field, 0, limits.OUTPUT_TOKENS_MAX),
             output_field=output_field,
         )
+        conversation = chat_fields.read_conversation(fields, self._card.images_max)
+        seen = await self._look(conversation, terms)
+        if seen is None:
+            return await self._chat_request(terms, conversation, template, None)
+        try:
+            request = await self._chat_request(terms, conversation, template, seen)
+        except BaseException:
+            seen.held.release()
+            raise
+        return replace(request, held=seen.held)
+
+    async def _look(self, conversation: Conversation, terms: Terms) -> Seen | None:
+        if self._sight is None or not conversation.images:
+            return None
+        if terms.prompt.keep_tokens is not None:
+            raise refuse("truncate_prompt_tokens", "not with images: a part of one is none")
+        return await self._sight.look(
+            conversation.images,
+            cache_salt=terms.request["cache_salt"],
+            wait_ms=self._left_ms(terms.arrived_us, terms.deadline_ms),
+            tenant=terms.tenant,
+        )
+
+    async def _chat_request(
+        self, terms: Terms, conversation: Conversation, template: ChatTemplate, seen: Seen | None
+    ) -> ValidatedRequest:
         prompt = await self._prompts.encode_chat(
-            chat_fields.read_conversation(fields),
+            conversation,
             template,
             terms.prompt,
+            seen=seen,
             output_tokens=terms.output_tokens or 0,
             wait_ms=self._left_ms(terms.arrived_us, terms.deadline_ms),
             tenant=terms.tenant,
@@ -308,6 +366,8 @@ class Validator:
         return ValidatedRequest(
             token_ids=prompt.token_ids,
             echo_text=prompt.echo_text,
+            images=prompt.images,
+            image_tokens=sum(one.image.features for one in prompt.images),
             sampling=SamplingParams(max_tokens=length, seed=seed, **terms.sampling),
             **terms.request,
         )
@@ -416,7 +476,7 @@ def _loop_us() -> int:
     return int(asyncio.get_running_loop().time() * 1_000_000)
 
 
-def _decoded(body: bytes, dialect: Dialect) -> dict[str, Any]:
+def _decoded(body: bytes | Body, dialect: Dialect) -> dict[str, Any]:
     try:
         return bodies.decode_body_untrusted(body, dialect.shape)
     except FrameError as error:

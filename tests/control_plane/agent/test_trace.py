@@ -7,8 +7,18 @@ from pathlib import Path
 from control_plane.agent.trace import Trace, TracedMachine
 from engine.base.errors import FrameError
 from engine.base.machine import Command, JobDone, Run, Send, Tick
-from engine.commands import Activate, Branch, KVComputed, Prefilled, SampledToken, TokensSampled
+from engine.commands import (
+    Activate,
+    Branch,
+    Encoded,
+    EncodePixels,
+    KVComputed,
+    Prefilled,
+    SampledToken,
+    TokensSampled,
+)
 from engine.executors.oracle import oracle_schema
+from engine.images import Picture
 from engine.types import SamplingParams
 from kv_transfer.codecs import CodecSet
 from kv_transfer.frame import FrameHeader, FrameKind
@@ -47,7 +57,8 @@ def test_placed_frames_and_activations_are_noted_and_nothing_is_changed(tmp_path
     group = Activate(seq_id=3, token_ids=(1,), prompt_tokens=1, sampling=SamplingParams(), branches=branches)
     activate = Command(group)
     send = Send("peer", b"ack")
-    replies: list[list[object]] = [[decode(1), decode(2)], [send], [activate], []]
+    pixels = Command(EncodePixels(seq_id=8, picture=Picture(1, 1, b"rgb")))
+    replies: list[list[object]] = [[decode(1), decode(2)], [send], [activate], [pixels]]
     trace = Trace(path, lambda: next(clock_us))
     machine = TracedMachine(Replies(replies), trace)
     events = ["frames", JobDone(1, result=5), JobDone(2, error=FrameError("checksum")), JobDone(9, result="encoded")]
@@ -60,6 +71,7 @@ def test_placed_frames_and_activations_are_noted_and_nothing_is_changed(tmp_path
         {"us": 1, "event": "placed", "bytes": 0},  # damaged
         {"us": 2, "event": "activated", "seq": 4},
         {"us": 3, "event": "activated", "seq": 5},
+        {"us": 4, "event": "pixels", "seq": 8},
     ]
     trace.close()
 
@@ -73,6 +85,7 @@ def test_engine_events_are_noted_when_they_happen(tmp_path: Path) -> None:
             KVComputed(seq_id=1, layer_start=0, layer_end=5, token_start=0, token_end=16),
             Prefilled(seq_id=1, tokens=(token,)),
             TokensSampled(tokens=(token, token)),
+            Encoded(seq_id=2, block_table=(0,), cached=True),
         )
     )
     trace.close()
@@ -80,4 +93,5 @@ def test_engine_events_are_noted_when_they_happen(tmp_path: Path) -> None:
         {"us": 5, "event": "computed", "seq": 1, "layers": [0, 5], "tokens": [0, 16]},
         {"us": 5, "event": "prefilled", "seq": 1},
         {"us": 5, "event": "tokens", "seqs": [1, 1]},
+        {"us": 5, "event": "encoded", "seq": 2, "cached": True},
     ]

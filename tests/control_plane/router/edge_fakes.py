@@ -14,6 +14,7 @@ from control_plane.router import edge as edge_module
 from control_plane.router.access.tenants import Keys
 from control_plane.router.edge import Edge
 from control_plane.router.http.app import CHAT, COMPLETIONS, Config, admin_app, public_app
+from control_plane.router.media.reader import MediaObserver
 from control_plane.router.metrics import RouterMetrics
 from control_plane.router.requests import (
     Cancel,
@@ -30,6 +31,7 @@ from control_plane.router.requests import (
 from control_plane.router.text.chat_template import ChatTemplate
 from control_plane.router.text.vocabulary import ModelCard, OracleVocabulary, Vocabulary
 from control_plane.router.validation import validator as validation
+from control_plane.router.validation.image_prompt import Sight
 from control_plane.router.validation.validator import Validator
 from engine.base.errors import Cancelled, InvalidArgument, TriptychError
 from engine.types import Constraint, FinishReason, TokenLogprobs
@@ -194,6 +196,7 @@ def score(logprob: float, *top: tuple[int, float]) -> TokenLogprobs:
 class FakeState:
     ready: bool = True
     in_flight: int = 0
+    images_waiting: int = 0
     counted: dict[tuple[str, tuple[tuple[str, str], ...]], float] = field(default_factory=dict)
 
     def workers(self) -> Sequence[WorkerView]:
@@ -215,6 +218,7 @@ class Router:
         validation_config: validation.Config | None = None,
         keys: Keys | None = None,
         chat: ChatTemplate | None = None,
+        sight: Callable[[MediaObserver], Sight] | None = None,
     ) -> None:
         self.core = FakeCore()
         self.state = FakeState()
@@ -242,6 +246,7 @@ class Router:
             check_constraint=self.check_constraint,
             clock_us=lambda: self.now_us,
             chat=chat,
+            sight=None if sight is None else sight(self.metrics),
         )
         self.app = public_app(
             edge=self.edge,

@@ -101,6 +101,26 @@ def test_reuse_is_counted_in_tokens_and_told_under_the_names_others_use() -> Non
     assert value("triptych_requests_by_n_total", {"n": "4"}) == 1
 
 
+def test_images_are_counted_and_how_long_they_took() -> None:
+    class OneWorker(FakeState):
+        def workers(self) -> Sequence[WorkerView]:
+            return [replace(WORKER, encoding=2, free_embedding_columns=5, embedding_columns=8)] * 2
+
+    state, router_metrics = OneWorker(), RouterMetrics()
+    state.counted = {("images", (("result", "cached"),)): 3.0}
+    router_metrics.export(state)
+    stats = RequestStats(image_tokens=100, phase_ms={"encode": 300.0})
+    router_metrics.request_ended(RequestRecord(outcome="stop", first_us=400_000, stats=stats))
+    router_metrics.request_ended(RequestRecord(outcome="cancelled", stats=stats))  # before they were encoded, perhaps
+    router_metrics.request_ended(RequestRecord(outcome="stop", first_us=400_000, stats=RequestStats()))  # text
+    value = router_metrics.registry.get_sample_value
+    assert value("triptych_images_total", {"result": "cached"}) == 3
+    assert value("triptych_prompt_tokens_image_total") == 200
+    assert (value("triptych_encode_seconds_count"), value("triptych_encode_seconds_sum")) == (1, 0.3)
+    assert value("triptych_worker_images_waiting") == 4
+    assert (value("triptych_worker_embedding_columns_free"), value("triptych_worker_embedding_columns")) == (10, 16)
+
+
 def test_words_of_workers_become_labels_only_while_there_are_few() -> None:
     state = FakeState()
     router_metrics = RouterMetrics(metrics.Config(label_values_max=2))

@@ -199,3 +199,11 @@ async def test_who_still_waits_at_the_end_is_told(make_bench: MakeBench) -> None
         await waiting
     await bench.finish()
     assert bench.done == ["long"]
+
+
+async def test_several_threads_work_at_once() -> None:
+    side = SideThread("test", waiting_max=4, what="pictures", threads=2)
+    both = threading.Barrier(2)  # broken, if one has to wait for the other
+    meetings = (side.run(partial(both.wait, 10), wait_ms=60_000) for _ in range(4))
+    assert sorted(await asyncio.gather(*meetings)) == [0, 0, 1, 1]
+    side.close()

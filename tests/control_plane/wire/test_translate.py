@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,6 +15,8 @@ from control_plane.wire.translate import (
     choices_from_wire_untrusted,
     encoding_from_wire_untrusted,
     first_token_from_wire_untrusted,
+    images_from_wire_untrusted,
+    images_to_wire,
     logprobs_from_wire_untrusted,
     logprobs_to_wire,
     offers_from_wire_untrusted,
@@ -28,6 +31,7 @@ from control_plane.wire.translate import (
 from engine.base import limits
 from engine.base.errors import FrameError
 from engine.commands import SampledToken
+from engine.images import PromptImage, Run
 from engine.types import Constraint, ConstraintKind, FinishReason, SamplingParams, TokenLogprobs
 from kv_transfer import reports
 from kv_transfer.codecs import RAW_ENCODING, Encoding
@@ -156,6 +160,98 @@ def test_choices_that_are_none(choices: list[int]) -> None:
 def test_two_choices_cannot_be_one_request() -> None:
     with pytest.raises(FrameError, match="choices"):
         choice_attempts_from_wire_untrusted([pb.ChoiceAttempt(request=1, choice=n) for n in (0, 1)])
+
+
+# -- images ------------------------------------------------------------------------------------------------------------
+CAT = PromptImage(key=b"c" * 16, runs=(Run(1, 2), Run(5, 1)))
+DOG = PromptImage(key=b"d" * 16, runs=(Run(6, 6),), grid=(2, 3))
+
+
+def test_images_survive() -> None:
+    images = (CAT, DOG)
+    assert images_from_wire_untrusted(images_to_wire(images), prompt_tokens=12) == images
+    assert images_from_wire_untrusted([], prompt_tokens=1) == ()
+
+
+def image(**fields: Any) -> pb.PromptImage:
+    honest = {"key": bytes(16), "run_starts": [2], "run_tokens": [4], "grid_rows": 2, "grid_columns": 2}
+    return pb.PromptImage(**{**honest, **fields})
+
+
+FLAT = {"grid_rows": 0, "grid_columns": 0}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"key": b""},
+        {"key": bytes(15)},
+        {"key": bytes(17)},
+        {"run_starts": [], "run_tokens": [], **FLAT},
+        {"run_starts": [2, 3]},
+        {"run_tokens": [2, 2]},
+        {"run_tokens": [0], **FLAT},
+        {"run_starts": [7]},  # beyond the prompt
+        {"run_starts": [0xFFFF_FFFF]},
+        {"run_tokens": [0xFFFF_FFFF], **FLAT},
+        {"run_starts": [4, 2], "run_tokens": [1, 1], **FLAT},  # not in order
+        {"run_starts": [2, 3], "run_tokens": [2, 1], **FLAT},  # one placeholder twice
+        {"run_starts": [2, 4], "run_tokens": [2, 2]},  # a grid in two pieces
+        {"grid_rows": 3},
+        {"grid_rows": 0},
+        {"grid_columns": 0},
+        {"grid_rows": 0xFFFF_FFFF, "grid_columns": 0xFFFF_FFFF},
+    ],
+)
+def test_images_that_cannot_be_are_refused(fields: dict[str, Any]) -> None:
+    assert images_from_wire_untrusted([image()], prompt_tokens=10)
+    with pytest.raises(FrameError, match="images"):
+        images_from_wire_untrusted([image(**fields)], prompt_tokens=10)
+
+
+def test_images_are_in_order_and_share_no_placeholder() -> None:
+    for images in ((DOG, CAT), (CAT, CAT)):
+        with pytest.raises(FrameError, match="images"):
+            images_from_wire_untrusted(images_to_wire(images), prompt_tokens=12)
+
+
+def test_images_are_no_more_than_their_limits() -> None:
+    def one(start: int, tokens: int = 1) -> pb.PromptImage:
+        return image(run_starts=[start], run_tokens=[tokens], **FLAT)
+
+    def tiles(count: int) -> pb.PromptImage:
+        return image(run_starts=[2 * n for n in range(count)], run_tokens=[1] * count, **FLAT)
+
+    as_many = [[one(n) for n in range(limits.IMAGES_CEILING)], [one(0, limits.IMAGE_FEATURES_MAX)]]
+    for images in (*as_many, [tiles(limits.IMAGE_RUNS_MAX)]):
+        assert images_from_wire_untrusted(images, prompt_tokens=1 << 20)
+    too_many = [[one(n) for n in range(limits.IMAGES_CEILING + 1)], [one(0, limits.IMAGE_FEATURES_MAX + 1)]]
+    for images in (*too_many, [tiles(limits.IMAGE_RUNS_MAX + 1)]):
+        with pytest.raises(FrameError, match="images"):
+            images_from_wire_untrusted(images, prompt_tokens=1 << 20)
+
+
+@given(data=st.binary(max_size=60))
+def test_garbage_is_no_image(data: bytes) -> None:
+    message = pb.PromptImage()
+    try:
+        message.ParseFromString(data)
+        images = images_from_wire_untrusted([message], prompt_tokens=100)
+    except (DecodeError, FrameError):
+        return
+    assert images_from_wire_untrusted(images_to_wire(images), prompt_tokens=100) == images
+
+
+def test_reports_about_images() -> None:
+    names = {"request": 7, "attempt": 2, "epoch": 3}
+    wanted = report_to_wire(reports.PixelsWanted(seq_id=1, offset=8, length=5), **names).pixels_wanted
+    assert (wanted.request, wanted.attempt, wanted.offset, wanted.length) == (7, 2, 8, 5)
+    encoded = report_to_wire(reports.Encoded(seq_id=1, cached=True), **names).encoded
+    assert (encoded.request, encoded.attempt, encoded.cached) == (7, 2, True)
+    transfers = ((0, b"a" * 16), (2, b"b" * 16))
+    images = report_to_wire(reports.ImagesWanted(seq_id=1, transfers=transfers), **names).images_wanted
+    assert (images.request, images.attempt, images.epoch) == (7, 2, 3)
+    assert list(zip(images.images, images.transfer_ids, strict=True)) == list(transfers)
 
 
 # -- log-probabilities -------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.kv.arena import POISON, Arena, Range
+from engine.kv.arena import POISON, Arena, Arenas, Range
 from engine.kv.schema import CacheSchema, Stream
 
 KV = Stream(name="kv", layers=4, heads=3, head_dim=4, dtype="bfloat16")
@@ -188,3 +188,16 @@ def test_bytes_per_column_follow_from_the_schema() -> None:
     wide = replace(KV, dtype="float32")
     arena = Arena(CacheSchema("m", (wide,)), columns=2, block_size=8)
     assert arena.bytes_CLHPSX.nbytes == 2 * 8 * arena.schema.token_bytes
+
+
+# -- several of them ---------------------------------------------------------------------------------------------------
+def test_arenas_are_found_by_what_they_hold() -> None:
+    other = CacheSchema("m", (replace(KV, role="embedding"),))
+    kv, embeddings = Arena(SCHEMA, columns=1), Arena(other, columns=2)
+    both = Arenas(kv, embeddings)
+    assert both.of(SCHEMA.digest) is kv
+    assert both.of(other.digest) is embeddings
+    assert kv.of(SCHEMA.digest) is kv
+    for memory in (kv, both):
+        with pytest.raises(KeyError):
+            memory.of(bytes(16))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from control_plane.router.dispatch.encodings import Wish
+from control_plane.router.dispatch.codec_choice import Wish
 from control_plane.router.dispatch.live_request import LiveRequest, Placement
 from control_plane.router.dispatch.placement import Candidate, Choice, Placer, choose_decode, choose_prefill
 from control_plane.router.dispatch.submissions import Submission

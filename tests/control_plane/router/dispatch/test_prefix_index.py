@@ -1,6 +1,8 @@
 """The index knows what was sent where, per tenant and loss; it forgets the right things, and in the right order."""
 
 from control_plane.router.dispatch.prefix_index import BlockHashes, CacheKind, PrefixIndex
+from engine.images import PromptImage, Run, naming_ids
+from engine.kv.block_hash import block_hashes, root_hash
 
 KIND = CacheKind(b"schema", 4)
 PROMPT = tuple(range(16))
@@ -75,3 +77,18 @@ def test_a_prompt_without_a_full_block_has_no_hash() -> None:
 def test_hashes_are_computed_once() -> None:
     prompt = BlockHashes("", PROMPT)
     assert prompt.of(KIND) is prompt.of(CacheKind(b"schema", 4))
+
+
+def test_blocks_of_placeholders_are_named_after_what_they_show() -> None:
+    """As in the workers' caches. Blocks before an image are those of text; blocks behind it are not."""
+    tokens = (1, 2, 3, 4, 7, 7, 7, 7, 5, 6, 8, 9)
+
+    def shows(key: bytes) -> list[PromptImage]:
+        return [PromptImage(key=key, runs=(Run(4, 4),))]
+
+    text, *seen = (list(BlockHashes("", tokens, images).of(KIND)) for images in ([], shows(b"a"), shows(b"b")))
+    assert len({text[0], *(names[0] for names in seen)}) == 1
+    assert len({text[1], *(names[1] for names in seen)}) == len({text[2], *(names[2] for names in seen)}) == 3
+    root = root_hash("", KIND.schema_digest)
+    assert seen[0] == block_hashes(root, naming_ids(tokens, shows(b"a")), KIND.block_size)
+    assert BlockHashes("", tokens[:10], shows(b"a")).extended(KIND, tokens[10:]) == seen[0]

@@ -1,7 +1,8 @@
 """What workers count is summed by the router: sums outlive workers and sessions, and never go down."""
 
-from control_plane.router.dispatch.workers import Worker, WorkerPool
+from control_plane.router.dispatch.workers import EncodeLoad, Worker, WorkerPool
 from control_plane.wire import session_pb2 as pb
+from control_plane.wire.session import Session
 from engine.base import limits
 
 
@@ -83,3 +84,26 @@ def test_a_group_must_fit_into_every_decode_worker() -> None:
         pool.on_status_untrusted(worker, pb.WorkerStatus(worker=worker.id, state="SERVING", roles=["decode"]))
     assert pool.holds_group(9 * 16 - 2 * (16 + 8), 2, 8)
     assert not pool.holds_group(9 * 16 - 2 * (16 + 8) + 1, 2, 8)
+
+
+def test_how_long_a_request_may_be_is_said_by_those_that_compute_it() -> None:
+    pool = WorkerPool()
+    lengths = {"e1": ("encode", 10), "p1": ("prefill", 300), "d1": ("decode", 200)}
+    infos = [pb.WorkerInfo(worker=id, roles=[role], max_model_len=length) for id, (role, length) in lengths.items()]
+    pool.adopt(pb.WorkerTable(term=1, workers=infos))
+    for worker in pool:
+        worker.session, worker.status = Session(), pb.WorkerStatus(state="SERVING")
+    assert pool.max_model_len == 200
+
+
+def test_images_ahead_and_memory_of_theirs_are_counted_once() -> None:
+    load = EncodeLoad()
+    load.add(1, 100, 7)
+    load.add(2, 50, 4)
+    load.encoded(1)
+    load.encoded(1)
+    assert (load.ahead_tokens, load.held_columns) == (50, 11)
+    load.remove(1)
+    load.remove(1)
+    load.remove(2)
+    assert (load.ahead_tokens, load.held_columns, load.ahead, load.held) == (0, 0, {}, {})

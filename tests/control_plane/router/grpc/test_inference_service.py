@@ -33,6 +33,7 @@ from tests.control_plane.router.edge_fakes import (
     turns,
 )
 from tests.control_plane.router.grpc_fakes import ACME, KEYS, OPS, OTHER, Server, refusal, running
+from tests.control_plane.router.seeing import data_url, picture, saved, seeing
 
 STOP, LENGTH = FinishReason.STOP, FinishReason.LENGTH
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -418,6 +419,44 @@ async def test_a_chat_is_put_into_words_by_the_models_template() -> None:
         found = await validated(server, pb.GenerateRequest(chat=chat, sampling=pb.GenerateSampling(logprobs=0)))
         assert server.router.sample("triptych_unknown_fields_total") == 0
     assert (found.token_ids, found.chat, found.sampling.logprobs, found.sampling.max_tokens) == ((7, 8), True, 0, 62)
+
+
+@pytest.mark.procs
+async def test_an_image_is_a_file_or_a_url() -> None:
+    file = saved(picture())
+    parts = [
+        pb.ContentPart(text="what"),
+        pb.ContentPart(image=pb.Image(data=file)),
+        pb.ContentPart(image=pb.Image(url=data_url(file))),
+    ]
+    with seeing() as router:
+        async with running(router) as server:
+            chat = pb.Chat(messages=[pb.ChatMessage(role="user", parts=parts)])
+            found = await validated(server, pb.GenerateRequest(chat=chat))
+            assert (len(found.images), found.image_tokens) == (2, 4)
+            submitted = router.core.submits[0].images
+            assert [one.picture.pixels for one in submitted] == [picture().tobytes()] * 2
+            info = await stub_of(server).GetModelInfo(pb.GetModelInfoRequest())
+            assert info.max_images == router.edge.card.images_max
+
+
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        (pb.ChatMessage(role="user", parts=[pb.ContentPart()]), "messages[0].content[0]: this type of part is not"),
+        (
+            pb.ChatMessage(role="user", parts=[pb.ContentPart(image=pb.Image())]),
+            "messages[0].content[0].image_url: must be a URL, or",
+        ),
+        (pb.ChatMessage(role="user", content="a", parts=[pb.ContentPart(text="a")]), "content: and parts cannot both"),
+        (pb.ChatMessage(role="user", parts=[pb.ContentPart(text="a")] * 200), "messages[0].content: at most 128 parts"),
+    ],
+)
+async def test_parts_of_a_message_are_checked_as_over_http(message: pb.ChatMessage, told: str) -> None:
+    with seeing() as router:
+        with pytest.raises(InvalidArgument) as raised:
+            await router.validator.validate(request_fields(pb.GenerateRequest(chat=pb.Chat(messages=[message]))))
+        assert raised.value.message.startswith(told)
 
 
 async def test_a_model_without_a_template_takes_no_chat(served: Server) -> None:

@@ -113,7 +113,10 @@ def test_so_many_prompts_and_no_more() -> None:
         (b'{"role":"user","content":null,"x":[[]]}', {"role": "user", "content": None}),
         (
             b'{"role":"user","content":["a",{"type":"text","text":"b","y":{}},{"type":"image_url","image_url":{}}]}',
-            {"role": "user", "content": ["a", {"type": "text", "text": "b"}, {"type": "image_url"}]},
+            {
+                "role": "user",
+                "content": ["a", {"type": "text", "text": "b"}, {"type": "image_url", "image_url": False}],
+            },
         ),
         (
             b'{"role":"a","name":"n","tool_calls":[ ]}',
@@ -256,7 +259,7 @@ def test_held_bytes_are_counted_and_given_back() -> None:
         with memory.hold(8) as second, pytest.raises(ResourceExhausted):
             second.append(b"abcd")
             second.append(b"e")
-        assert memory.held_bytes == 6 and first.whole() == b"abcdef"
+        assert memory.held_bytes == 6 and first.whole().json == b"abcdef"
         with pytest.raises(BodyTooLarge):
             first.append(b"ghi")
         assert memory.held_bytes == 6

@@ -16,14 +16,14 @@ import json
 import shutil
 import struct
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, Final
 
 from engine.base.folders import default_cache_dir
-from engine.models.checkpoint import ensure_default_model
+from engine.models.checkpoint import Progress, ensure_default_model
 
 NAME: Final = "demo-vlm"
 IMAGE_TOKEN: Final = "<image>"
@@ -34,8 +34,6 @@ _OF_THE_LANGUAGE_MODEL: Final = "language_model."  # what LLaVA's names put befo
 _HEADER_BYTES: Final = struct.Struct("<Q")  # before the header: how long it is
 _ALIGNMENT_BYTES: Final = 8
 _COPIED_BYTES: Final = 1 << 20
-
-Progress = Callable[[str], None]
 
 
 def _silent(message: str) -> None:
@@ -81,7 +79,7 @@ def _publish(unfinished: Path, out_dir: Path) -> None:
 @contextlib.contextmanager
 def packaged() -> Iterator[Path]:
     """The folder of this package's files."""
-    with as_file(files("triptych.demo_vlm")) as folder:
+    with as_file(files("engine.models.demo_vlm")) as folder:
         yield folder
 
 

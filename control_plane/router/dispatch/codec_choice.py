@@ -1,4 +1,4 @@
-"""Encodings: what a request's KV goes through from one worker to another, as both ends offer it and its budget allows.
+"""CodecChoice: what a request's KV goes through between two workers, as both ends offer it and its budget allows.
 
 A pure function of what was asked for and what was measured. A codec that is missing, or has no level within the budget,
 is never an error: KV then travels `raw` (DESIGN 2.6). It does not see bandwidth: of all levels within the budget it

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from control_plane.router.dispatch.encodings import Wish, choose_encoding
+from control_plane.router.dispatch.codec_choice import Wish, choose_encoding
 from engine.base import limits
 from kv_transfer.codecs import RAW_ENCODING, Encoding
 from kv_transfer.offers import LevelCost, Offer, Offers

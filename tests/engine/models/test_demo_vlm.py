@@ -12,10 +12,10 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
 
 from engine.models.checkpoint import ensure_default_model
+from engine.models.demo_vlm import assemble as assembling
+from engine.models.demo_vlm.assemble import IMAGE_TOKEN, WEIGHTS, assemble, assemble_with, ensure_demo_vlm, packaged
 from triptych.demo.drawing import draw
 from triptych.demo.scenes import KINDS, Kind, Space, scene_of
-from triptych.demo_vlm import assemble as assembling
-from triptych.demo_vlm.assemble import IMAGE_TOKEN, WEIGHTS, assemble, assemble_with, ensure_demo_vlm, packaged
 
 WEIGHTS_BYTES_MAX = 10_000_000
 IMAGE_TOKENS = 36
