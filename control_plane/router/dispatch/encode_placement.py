@@ -162,6 +162,10 @@ class EncodePlacer:
             choices.append(EncodeChoice(chosen.worker, reason, missing_tokens))
         return choices
 
+    def could_hold(self, request: LiveRequest) -> bool:
+        """If nobody else had any of the memory."""
+        return self._pool.fits_images([live.image.features for live in request.images])
+
     @property
     def has_room_anywhere(self) -> bool:
         return any(worker.images.ahead_tokens < limits.ENCODE_AHEAD_TOKENS for worker in self._pool.encoders)

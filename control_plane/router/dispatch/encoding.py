@@ -63,12 +63,19 @@ class ImageEncoding:
         return actions
 
     def _next_placement(self) -> tuple[LiveRequest, Sequence[EncodeChoice]] | None:
-        """Whoever's turn it is. While there is no room for all of its images, it waits, and others may pass."""
+        """Whoever's turn it is. While there is no room for all of its images, it waits, and others may pass: a few,
+        since each of them keeps the room away for which it waits."""
         if not (self._queue and self._placer.has_room_anywhere):
             return None
+        passed: list[LiveRequest] = []
         for request in islice(self._queue.in_turn(lambda _: False), limits.PLACEMENT_TRIES_MAX):
             if (choices := self._placer.choices(request)) is not None:
+                for each in passed:
+                    each.passes += 1
                 return request, choices
+            if request.passes >= limits.PASSES_MAX and self._placer.could_hold(request):
+                return None
+            passed.append(request)
         return None
 
     def _encode_at(self, request: LiveRequest, choices: Sequence[EncodeChoice], now_us: int) -> list[object]:

@@ -68,6 +68,7 @@ class LiveRequest:
     encoding: Encoding | None = None  # that its KV goes, or has come, through; None: nowhere yet
     refused: set[str] = field(default_factory=set)  # targets that said no in this round
     attempts: int = 0  # attempt numbers used; never reused
+    passes: int = 0  # of others whose images had room while its own had none; bounded by PASSES_MAX
     losses: int = 0  # placements lost; bounded by ATTEMPTS_MAX
     moving: bool = False  # its source is a decode worker that gives it away
     failed_at: str = ""  # the prefill worker that gave it up last
