@@ -189,7 +189,7 @@ class _LargeOnly(msgspec.Struct):
     tokens: msgspec.Raw = msgspec.Raw()
 
 
-_DENSE_BYTES: Final = 64  # for each one to find: a call of `find` takes longer than counting in so many bytes
+_DENSE_BYTES: Final = 256  # for each one to find: a call of `find` takes longer than counting in so many bytes
 # A conversation has that many: role, content, type and text. As many names take half a millisecond.
 _COLONS_FEW: Final = 4 * limits.MESSAGES_MAX + limits.BODY_FIELDS_MAX
 _ANYTHING: Final = msgspec.json.Decoder()
@@ -323,11 +323,14 @@ _IMAGE_URL: Final = msgspec.json.Decoder(str | _ImageUrl)
 _LABEL: Final = msgspec.json.Decoder(str | None)
 _PARTS: Final = _first(limits.MESSAGE_PARTS_MAX + 1, msgspec.Raw)
 _QUOTES_FEW: Final = 4 * limits.MESSAGE_PARTS_MAX  # every part has two at least
+_IMAGE: Final = b"image_url"
+_CONTENT_BYTES_FEW: Final = 4 * _QUOTES_FEW  # whatever is in them, decoding as many together as we do is no work
 _TOGETHER: Final = 32  # contents in one call of the decoder: each of 1,024 calls would cost as much as its content
 
 
 def _decode_messages_untrusted(raw: bytes, cutouts: Cutouts = NO_CUTOUTS) -> list[dict[str, Any]]:
     messages = _items_untrusted(raw, _MESSAGES, "messages_shape", "messages_count")
+    images = _IMAGE in raw or b"\\" in raw  # its name may be written with escapes
     parts = 0
     for start in range(0, len(messages), _TOGETHER):
         some = messages[start : start + _TOGETHER]
@@ -340,7 +343,8 @@ def _decode_messages_untrusted(raw: bytes, cutouts: Cutouts = NO_CUTOUTS) -> lis
             message["content"] = content
             if "tool_calls" in message:  # what they hold is not looked at: that there are some is enough
                 message["tool_calls"] = _NO_CALLS.fullmatch(bytes(message["tool_calls"])) is None
-        _read_images_untrusted(contents, cutouts)
+        if images:
+            _read_images_untrusted(contents, cutouts)
     if cutouts.items:
         texts = _Texts(cutouts)
         for message in messages:
@@ -350,7 +354,7 @@ def _decode_messages_untrusted(raw: bytes, cutouts: Cutouts = NO_CUTOUTS) -> lis
 
 def _contents_untrusted(raws: list[bytes]) -> list[Content]:
     for raw in raws:
-        if len(raw) > _QUOTES_FEW and raw.startswith(b"[") and _more_than(_QUOTES_FEW, b'"', raw):
+        if len(raw) > _CONTENT_BYTES_FEW and raw.startswith(b"[") and _more_than(_QUOTES_FEW, b'"', raw):
             _items_untrusted(raw, _PARTS, "messages_shape", "parts_count")  # it may be a list of a million
     return list(_decode_untrusted(b"[%s]" % b",".join(raws), _CONTENTS, "messages_shape"))
 
