@@ -37,6 +37,7 @@ IMAGE_MS_MIN = 300.0
 IMAGE_RATE = 4.0
 TEXT_RATE = 2.0
 TEXT_TOKENS = 128
+TEXT_EVENNESS = 100.0  # steady: hardly more than the same time between any two
 TEXT_SEED = 1_000  # of other arrivals than the images
 OUTPUT_TOKENS = 8
 PHASE_S = 30.0
@@ -74,14 +75,14 @@ async def measure(rounds: int = ROUNDS, phase_s: float = PHASE_S) -> list[Figure
 
 # -- the tower ---------------------------------------------------------------------------------------------------------
 def tower_cpu_ms() -> float:
-    """CPU time of one image in ViT-B/16 at 224 x 224 of random weights, float32, on one core; the best of three."""
+    """CPU time of one image in ViT-B/16 at 256 x 256 of random weights, float32, on one core; the best of three."""
     import torch
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     torch.set_num_threads(1)
     width: dict[str, Any] = {"hidden_size": 768, "intermediate_size": 3_072, "num_attention_heads": 12}
-    tower = CLIPVisionModel(CLIPVisionConfig(num_hidden_layers=12, image_size=224, patch_size=16, **width)).eval()
-    pixels = torch.randn(1, 3, 224, 224)
+    tower = CLIPVisionModel(CLIPVisionConfig(num_hidden_layers=12, image_size=256, patch_size=16, **width)).eval()
+    pixels = torch.randn(1, 3, 256, 256)
     with torch.inference_mode():
         return min(_cpu_ms(lambda: tower(pixels)) for _ in range(3))
 
@@ -119,7 +120,9 @@ async def _phase(engine: EngineOptions, workers: dict[str, int], file: Path, num
     _write_requests(file, number, int(IMAGE_RATE * phase_s * 2))
     async with cluster(engine, **workers) as running:
         load = {"url": running.url, "output_len": OUTPUT_TOKENS, "ignore_eos": True, "duration_s": phase_s}
-        text = LoadOptions(**load, rate=TEXT_RATE, input_len=TEXT_TOKENS, seed=number + TEXT_SEED)  # type: ignore[arg-type]
+        text = LoadOptions(
+            **load, rate=TEXT_RATE, burstiness=TEXT_EVENNESS, input_len=TEXT_TOKENS, seed=number + TEXT_SEED
+        )  # type: ignore[arg-type]
         images = LoadOptions(**load, rate=IMAGE_RATE, endpoint=Endpoint.CHAT, prompts=file, seed=number)  # type: ignore[arg-type]
         measured = await asyncio.gather(measure_load(text), measure_load(images))
     return Beside(*(each.values for each in measured))

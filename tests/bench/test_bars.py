@@ -11,7 +11,7 @@ from bench.demo_vlm import evaluate as demo_vlm
 from bench.figures import Figure
 
 # What was not reached, or is not beside neighbours, and what must not get worse (why: ARCHITECTURE.md, "Measured").
-REACHED = {"raw KV stream": 0.28, "quiet engine": 2.5, "cachegen": 2.9, "fact retrieval": 0.8}
+REACHED = {"raw KV stream": 0.28, "second token": 1.65, "quiet engine": 2.5, "cachegen": 2.9, "fact retrieval": 0.8}
 
 
 def check(figures: list[Figure]) -> None:
