@@ -44,7 +44,7 @@ TYPES = {
 GOOD = Bad(row="", name="good", body=b'{"prompt":[1,2,3]}', message="", param=None, status=200)
 REFUSAL_CPU_MS_MAX = 2.0
 LARGE_BYTES = 64 << 10  # a longer body takes its time to be read: once, and no more
-# A thousand small objects: 2.2 ms per MiB in a process of its own, 3.6 in one whose memory 7,000 tests have used before.
+# A thousand small objects: 2.2 ms per MiB in a process of its own, 3.6 in one whose memory 7,000 tests have used.
 LARGE_REFUSAL_CPU_MS_PER_MIB = 5.0
 FEW_TRIES, TRIES = 3, 20  # neighbours on the machine disturb
 
