@@ -16,9 +16,9 @@ from io import BytesIO
 import pytest
 from PIL import Image
 
-from control_plane.router.media import child
-from control_plane.router.media.child import Kind
+from control_plane.router.media import child, pipe
 from control_plane.router.media.decoding import Child, Config, Decoded, Decoders, ImageFile
+from control_plane.router.media.pipe import Kind
 from control_plane.router.media.reasons import SENTENCES, ImageRefused, Reason
 from engine.base import limits
 from engine.base.errors import Internal, ResourceExhausted
@@ -438,11 +438,11 @@ async def test_a_process_that_does_not_start_is_our_fault(monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     "says",
     [
-        b"\xff" * child.ANSWER.size,
-        child.ANSWER.pack(0, 1 << 31, 1 << 31, b""),
-        child.ANSWER.pack(0, limits.IMAGE_SIDE_MAX, limits.IMAGE_SIDE_MAX, b""),
-        child.ANSWER.pack(0, 0, 0, b""),
-        child.ANSWER.pack(0, 10, 10, b"") + b"short",
+        b"\xff" * pipe.ANSWER.size,
+        pipe.ANSWER.pack(0, 1 << 31, 1 << 31, b""),
+        pipe.ANSWER.pack(0, limits.IMAGE_SIDE_MAX, limits.IMAGE_SIDE_MAX, b""),
+        pipe.ANSWER.pack(0, 0, 0, b""),
+        pipe.ANSWER.pack(0, 10, 10, b"") + b"short",
         b"",
     ],
 )

@@ -1,49 +1,30 @@
 """The process that decodes: one image at a time from standard input, pixels to standard output, nothing else.
 
-    router -> child   kind, length, and the image as it came: base64 text is decoded here, not on the router's loop
-    child  -> router  READY once; then for each image: reason, width, height, digest, and width * height * 3 bytes
+    pipe -> base64 text, or a file -> pixels -> pipe        base64 is decoded here, not on the router's loop
 
 It bounds itself before it reads a byte: address space, CPU time for each image (the kernel ends the process, also
 inside a library), no files, no core dump, no children. It is started with an empty environment, and what libraries
 print goes nowhere. `python -m control_plane.router.media.child`.
 
-What does not belong here: how the router holds it (`decoding`), pixels (`pictures`).
+What does not belong here: how the router holds it (`decoding`), what is said (`pipe`), pixels (`pictures`).
 """
 
 import json
 import os
 import resource
 import signal
-import struct
 import warnings
-from collections.abc import Sequence
-from enum import IntEnum
 from typing import Final
 
 from PIL import Image
 
-from control_plane.router.media.data_url import URL_BYTES_MAX, file_in_data_url_untrusted
+from control_plane.router.media.data_url import file_in_data_url_untrusted
 from control_plane.router.media.pictures import decode_untrusted, digest_of
+from control_plane.router.media.pipe import ANSWER, READY, REASONS, REQUEST, Kind, read, write
 from control_plane.router.media.reasons import ImageRefused, Reason
 from engine.base import limits
 
-READY: Final = b"!"
-REQUEST: Final = struct.Struct("<BI")  # kind, bytes that follow
-ANSWER: Final = struct.Struct("<BII32s")  # 0 or a reason's number, width, height, digest
-REASONS: Final = tuple(Reason)  # number 1 is the first
-JSON_EXPANSION: Final = 6  # \u0041 is one character
-BYTES_MAX: Final = JSON_EXPANSION * URL_BYTES_MAX
-PIECE_BYTES: Final = 1 << 20
 FILES_MAX: Final = 16  # open at a time; libraries are loaded by then
-TOO_LONG: Final = signal.SIGPROF  # of ITIMER_PROF, which counts CPU time
-
-
-class Kind(IntEnum):
-    """How an image comes."""
-
-    FILE = 0
-    DATA_URL = 1
-    DATA_URL_JSON = 2  # between a JSON string's quotes: escapes are still in it
 
 
 def main() -> None:
@@ -57,7 +38,7 @@ def main() -> None:
         image = read(0, size_bytes)
         if image is None:
             return
-        signal.setitimer(signal.ITIMER_PROF, limits.MEDIA_DECODE_MS / 1_000)  # TOO_LONG ends it
+        signal.setitimer(signal.ITIMER_PROF, limits.MEDIA_DECODE_MS / 1_000)  # its signal, `pipe.TOO_LONG`, ends it
         try:
             pieces = _answer(Kind(kind), image)
         except MemoryError:
@@ -129,26 +110,6 @@ def _bound_process() -> None:
         (resource.RLIMIT_NPROC, 0),
     ):
         resource.setrlimit(bound, (most, most))
-
-
-# -- pipes -------------------------------------------------------------------------------------------------------------
-def read(pipe: int, size_bytes: int) -> bytes | None:
-    """So many bytes; None: the other side has gone. Joined without the interpreter's lock, where they are many."""
-    pieces: list[bytes] = []
-    while size_bytes:
-        piece = os.read(pipe, min(size_bytes, PIECE_BYTES))
-        if not piece:
-            return None
-        pieces.append(piece)
-        size_bytes -= len(piece)
-    return b"".join(pieces)
-
-
-def write(pipe: int, pieces: Sequence[bytes]) -> None:
-    for piece in pieces:
-        view = memoryview(piece)
-        while view:
-            view = view[os.write(pipe, view[:PIECE_BYTES]) :]
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-from control_plane.router.media import child
-from control_plane.router.media.child import ANSWER, READY, REASONS, REQUEST, Kind
+from control_plane.router.media import pipe
+from control_plane.router.media.pipe import ANSWER, READY, REASONS, REQUEST, Kind
 from control_plane.router.media.reasons import ImageRefused, Reason
 from control_plane.router.side_thread import SideThread
 from engine.base import limits
@@ -33,7 +33,7 @@ log = logging.getLogger("triptych.router")
 
 WALL_FACTOR: Final = 4  # of the CPU time: a loaded machine is nobody's fault
 START_MS: Final = 4 * limits.MEDIA_DECODE_MS
-COMMAND: Final = ("-m", child.__name__)
+COMMAND: Final = ("-m", "control_plane.router.media.child")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ class Decoders:
 
     async def decode(self, file: ImageFile, *, wait_ms: int, tenant: str = "") -> Decoded:
         """Raises `ImageRefused`, or what a full queue says."""
-        if file.size_bytes > child.BYTES_MAX:
+        if file.size_bytes > pipe.BYTES_MAX:
             raise ImageRefused(Reason.FILE_BYTES)
         return await self._threads.run(partial(self._decode, file), wait_ms=wait_ms, tenant=tenant)
 
@@ -172,7 +172,7 @@ class Child:
     def wait_until_ready(self) -> None:
         """A child that does not come up is our fault, not an image's."""
         with self._deadline(START_MS):
-            ready = child.read(self._out.fileno(), len(READY))
+            ready = pipe.read(self._out.fileno(), len(READY))
         if ready != READY:
             log.error("the process that decodes images does not start")
             raise Internal("the process that decodes images does not start")
@@ -180,7 +180,7 @@ class Child:
     def decode(self, file: ImageFile, wall_ms: int) -> Decoded:
         with self._deadline(wall_ms):
             try:
-                child.write(self._in.fileno(), [REQUEST.pack(file.kind, file.size_bytes), *file.pieces])
+                pipe.write(self._in.fileno(), [REQUEST.pack(file.kind, file.size_bytes), *file.pieces])
                 return self._answer_untrusted()
             except (BrokenPipeError, _Lost):
                 raise ImageRefused(self._why_lost()) from None
@@ -205,7 +205,7 @@ class Child:
         return Decoded(Picture(width, height, self._read(width * height * PIXEL_BYTES)), digest)
 
     def _read(self, size_bytes: int) -> bytes:
-        data = child.read(self._out.fileno(), size_bytes)
+        data = pipe.read(self._out.fileno(), size_bytes)
         if data is None:
             raise _Lost
         return data
@@ -229,7 +229,7 @@ class Child:
         self.lost = True
         self._process.kill()  # unless it is dead: it may only have said something impossible
         ended_by = -self._process.wait()
-        return Reason.TIME if self._late or ended_by == child.TOO_LONG else Reason.CRASH
+        return Reason.TIME if self._late or ended_by == pipe.TOO_LONG else Reason.CRASH
 
 
 class _Lost(Exception):

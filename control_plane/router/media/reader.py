@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from control_plane.router.media.child import Kind
 from control_plane.router.media.data_url import is_data_url
 from control_plane.router.media.decoding import Decoded, Decoders, ImageFile
 from control_plane.router.media.fetch import Fetcher, FetchFailed
+from control_plane.router.media.pipe import Kind
 from control_plane.router.media.reasons import SENTENCES, ImageRefused, Reason
 from control_plane.router.media.remote_url import Denied, FetchDenied
 from control_plane.router.shares import Shares

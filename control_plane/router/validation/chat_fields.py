@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from control_plane.router.media.child import Kind
 from control_plane.router.media.decoding import ImageFile
+from control_plane.router.media.pipe import Kind
 from control_plane.router.media.reader import ImagePart
 from control_plane.router.validation import body as bodies
 from control_plane.router.validation.cutouts import Cutout
