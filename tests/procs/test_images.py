@@ -46,6 +46,7 @@ MESSAGES: dict[str, tuple[Part, ...]] = {
     "image first": (ONE.image, ONE.question),
     "text first": (TWO.question, TWO.image),
     "between": ("Look at this:", THREE.image, "and at this:", ONE.image, "", TWO.image.resize((200, 90)), ONE.question),
+    "four": (TWO.image, "left of", ONE.image, "and above", THREE.image, TWO.image.resize((64, 130)), TWO.question),
     "the same twice": (TWO.image, TWO.image, TWO.question),
     "none": ("The capital of France is",),
 }
